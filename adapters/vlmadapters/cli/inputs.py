@@ -194,8 +194,17 @@ def read_placements(
     """
     from vlmadapters.training.recipes import settings_at
 
+    def taken_by(recipe: Any) -> bool:
+        try:
+            settings_at([recipe], [one for one in placements if ":" not in one], {CHOICE: choice})
+        except UserError:
+            return False
+        return True
+
     try:
         return settings_at(recipes, placements, {CHOICE: choice})
     except UserError as error:
-        more = "; name a placement for each, as in mma:5-12" if len(recipes) > 1 else ""
-        raise UserError(f"{error}{more}") from None
+        # What none of them can take, as it cannot be read, is no placement for any of them.
+        more = "; name a placement for each, as in mma:5-12"
+        apart = len(set(map(taken_by, recipes))) > 1
+        raise UserError(f"{error}{more if apart else ''}") from None

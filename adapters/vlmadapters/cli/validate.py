@@ -16,7 +16,6 @@ from vlmadapters.cli.inputs import (
     load_backbone,
     read_recipes,
 )
-from vlmadapters.data.options import ReadOptions
 from vlmadapters.validation.options import ValidateOptions
 from vlmlayers.cli.options import DataRoot, Device, Model, named, with_options
 from vlmlayers.errors import UserError

@@ -55,6 +55,23 @@ CRITERIA: dict[str, tuple[Callable[[pd.DataFrame], pd.Series], str]] = {
     "accuracy": (_accuracy, "harmonic mean of inner base and novel accuracy, percent"),
 }
 
+# What is left of them where folds hold out no class whole.
+_OF_BASE = {
+    "log_likelihood": CRITERIA["base_log_likelihood"][1],
+    "accuracy": "accuracy of inner base classes, percent",
+}
+
+
+def meaning(criterion: str, apart: bool) -> str:
+    """Return a criterion in words.
+
+    Args:
+        criterion: A name of `CRITERIA`.
+        apart: Whether any fold holds out whole classes as well.
+    """
+    plain = CRITERIA[criterion][1]
+    return plain if apart else _OF_BASE.get(criterion, plain)
+
 
 @dataclass(frozen=True)
 class Difference:

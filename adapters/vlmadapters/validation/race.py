@@ -242,7 +242,7 @@ class Race:
         track: Where settings run.
         criterion: What decides.
         heats: Those that were run.
-        skipped: Settings that were left out: stage, setting, why.
+        skipped: Settings that a heat left out: stage, setting, why.
     """
 
     track: Track
@@ -253,6 +253,16 @@ class Race:
     def skip(self, stage: str, setting: str, why: str) -> None:
         """Record a setting that is left out."""
         self.skipped.append({"stage": stage, "setting": setting, "why": why})
+
+    @property
+    def left_out(self) -> list[dict[str, str]]:
+        """What no heat could follow, each setting once.
+
+        An amount that one heat had no budget for may be a placement of the next, and run there.
+        """
+        ran = {rival for heat in self.heats for rival in heat.rivals}
+        lost = [one for one in self.skipped if one["why"] != "budget" or one["setting"] not in ran]
+        return list({one["setting"]: one for one in lost}.values())
 
     def price(self, default: Recipe, rivals: Sequence[Recipe]) -> float:
         """Return the most that a heat can cost: the costliest rivals stay in to the end."""

@@ -39,7 +39,7 @@ from vlmadapters.validation.candidates import (
     tried_amounts,
     tried_placements,
 )
-from vlmadapters.validation.judge import CRITERIA, Difference, difference, ranking
+from vlmadapters.validation.judge import Difference, difference, meaning, ranking
 from vlmadapters.validation.options import SearchOptions
 from vlmadapters.validation.race import AS_IS, Race, Track, label
 from vlmlayers.arguments import checked
@@ -160,8 +160,10 @@ def search(
     race = Race(track, asked.criterion)
     limit = math.inf if asked.budget is None else asked.budget
     # Amount comes first: where the budget allows one comparison, it is one of amounts.
-    share = max(limit * AMOUNT_SHARE, race.price(default, rates[:1])) if placements else limit
-    tuned = race.run("amount", default, rates, min(share, limit))
+    prices = [race.price(default, [one]) for one in rates]
+    least = next((min(one, limit) for one in prices if one <= limit + 1e-9), 0.0)
+    share = max(limit * AMOUNT_SHARE, least) if placements else limit
+    tuned = race.run("amount", default, rates, share)
     # What amounts left of the budget is spent on placements.
     race.run("placement", tuned, crossed(tuned, placements), limit - track.cost)
     if not race.heats:
@@ -202,12 +204,12 @@ def _summary(race: Race, default: Recipe, model: Any, asked: SearchOptions) -> d
     )
     return {
         **answer,
-        "criterion": {"name": race.criterion, "means": CRITERIA[race.criterion][1]},
+        "criterion": {"name": race.criterion, "means": meaning(race.criterion, _apart(race))},
         **default.described(),
         "datasets": list(dict.fromkeys(name for name, _ in track.draws)),
         "seeds": list(dict.fromkeys(seed for _, seed in track.draws)),
         "folds": track.rounds,
-        "novel_held_out": any(parts[0].apart for parts in track.draws.values()),
+        "novel_held_out": _apart(race),
         "cost": {
             "trainings": round(track.cost, 2),
             "budget": asked.budget,
@@ -215,7 +217,7 @@ def _summary(race: Race, default: Recipe, model: Any, asked: SearchOptions) -> d
             "steps_of_one": track.steps_of_one,
             "seconds": round(float(track.table["seconds"].sum()), 1),
         },
-        "skipped": race.skipped,
+        "skipped": race.left_out,
         "towers": {name: tower.depth for name, tower in model.towers.items()},
         "model": model.name,
         "weights": model.weights,
@@ -280,14 +282,21 @@ def _tried(race: Race) -> int:
     return len({rival for heat in race.heats for rival in heat.rivals})
 
 
+def _apart(race: Race) -> bool:
+    """Return whether any dataset has classes that its folds hold out whole."""
+    return any(parts[0].apart for parts in race.track.draws.values())
+
+
 def _how(race: Race, default: Recipe, novel: bool, judged: str) -> str:
     """Return what the numbers of a statement are of, and what was not tried."""
-    said = f" Compared by {CRITERIA[race.criterion][1]}."
+    apart = _apart(race)
+    said = f" Compared by {meaning(race.criterion, apart)}."
     if judged != race.criterion:
         said += (
-            f" With zero-shot CLIP by {CRITERIA[judged][1]}: {default.method.title} scales cosines "
-            f"by {default.method.own_scale:g}, this backbone by {race.track.logit_scale:.3g}, so "
-            "that likelihoods would compare how sure the answers are."
+            f" With zero-shot CLIP by {meaning(judged, apart)}: {default.method.title} scales "
+            f"cosines by {default.method.own_scale:g}, this backbone by "
+            f"{race.track.logit_scale:.3g}, so that likelihoods would compare how sure the answers "
+            "are."
         )
     if novel and default.method.class_bound:
         said += f" No class was held out whole: {default.method.name} learns each by itself."
@@ -301,8 +310,8 @@ def _how(race: Race, default: Recipe, novel: bool, judged: str) -> str:
             " No setting's accuracy is other than zero-shot CLIP's in any fold: raise lr, or the "
             "method's scale, for this backbone."
         )
-    if race.skipped:
-        said += f" Left out: {counted(len(race.skipped), 'setting')}."
+    if lost := race.left_out:
+        said += f" Left out: {counted(len(lost), 'setting')}."
     return said
 
 

@@ -119,10 +119,12 @@ def size_warning(placements: Sequence[str]) -> str:
     for one in map(Placement.parse, placements):
         if one:  # zero-shot is not a placement that an amount is for
             sizes.setdefault(one.amount, set()).add(one.size)
-    compared = [size for same in sizes.values() if len(same) > 1 for size in same]
+    compared = [f"{min(same)} to {max(same)}" for same in sizes.values() if len(same) > 1]
     if not compared:
         return ""
+    # Those of another amount are compared among themselves.
+    each = " each" if len(compared) > 1 else ""
     return (
-        f"placements of {min(compared)} to {max(compared)} blocks are compared at one amount, "
-        "which mostly compares amounts, not places"
+        f"placements of {' and of '.join(dict.fromkeys(compared))} blocks are compared at one "
+        f"amount{each}, which mostly compares amounts, not places"
     )

@@ -92,6 +92,11 @@ def test_only_of_several_methods_each_is_to_be_given_a_placement_of_its_own() ->
     with pytest.raises(UserError) as refused:
         read_placements(recipes[1:], ["v5,t5"])
     assert "name a placement for each" not in str(refused.value)
+    # Nor is it the way out of what no method can take or of a name that is none of theirs.
+    for wrong in (["12-5"], ["5-12@alpha=3"], ["maple:1-9"]):
+        with pytest.raises(UserError) as refused:
+            read_placements(recipes, wrong)
+        assert "name a placement for each" not in str(refused.value)
 
 
 @pytest.mark.parametrize("depth", [3, 12])

@@ -155,6 +155,26 @@ def test_two_heats_never_cost_more_than_their_budget_and_need_not_leave_more_out
     assert 20 < fitting < 80
 
 
+def test_left_out_is_what_ran_in_no_heat_or_diverged_each_setting_once() -> None:
+    """A placement that the amount heat had no budget for ran in the next, and was "left out"."""
+    gains = {"a": 0.0, "b": 1.0, "again": 2.0, "dear": 0.5, "wild": 0.7}
+    track = Planted(
+        {name: [gain, gain + 0.01] for name, gain in gains.items()},
+        {"a": 0.25, "b": 0.25, "again": 1.0, "dear": 9.0, "wild": 0.25},
+        2,
+        {"wild": 1},
+    )
+    a, b, again, dear, wild = map(Setting, gains)
+    race = Race(track, "log_likelihood")  # type: ignore[arg-type]
+    assert race.run("amount", a, [b, wild, again, dear], 1.5) is b
+    assert [one["setting"] for one in race.left_out] == ["again", "dear", "wild"]
+    assert race.run("placement", b, [again, dear, wild], 5.0) is again
+    assert {one["setting"]: one["why"] for one in race.left_out} == {
+        "dear": "budget", "wild": "it diverged",
+    }  # fmt: skip
+    assert len(race.left_out) == 2
+
+
 def test_what_dropped_out_of_one_heat_is_dear_in_the_next() -> None:
     """A heat priced at 0.5 full trainings took 4.25: the rival that won had run in one fold."""
     gains = {"a": 0.0, "b": 2.0, "dear": 1.0, "c": 0.5}

@@ -179,8 +179,16 @@ def test_too_few_classes_to_hold_out_are_said_and_small_folds_warn_of_nothing(
     assert "Compared by held-out log-likelihood" in found.statement
     assert "-0.000" not in found.statement
     assert not caplog.messages
-    quiet = search(shared_backbone(), [made], **QUICK | {"placement": ()}, novel=False)
-    assert "too few" not in quiet.statement
+    # Nothing novel was held out, of which the criterion could be a mean.
+    for criterion, means in (
+        ("log_likelihood", "held-out log-likelihood of inner base classes"),
+        ("accuracy", "accuracy of inner base classes, percent"),
+    ):
+        options = QUICK | {"placement": (), "criterion": criterion, "novel": False}
+        quiet = search(shared_backbone(), [made], **options)
+        assert "too few" not in quiet.statement
+        assert f" Compared by {means}." in quiet.statement
+        assert quiet.summary["criterion"] == {"name": criterion, "means": means}
 
 
 def test_the_runner_up_ran_in_every_fold(manifest: Manifest) -> None:
@@ -435,6 +443,13 @@ def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     half = search(shared_backbone(), [manifest], budget=2.0, **QUICK).summary["heats"]
     assert [heat["stage"] for heat in half] == ["amount", "placement"], "0.4 are left for places"
     assert half[0]["rivals"] == ["v2-3,t2-3@scale=5"]
+    # An amount that is dear by itself is left out and leaves the places their share.
+    dear = QUICK | {"amounts": ["epochs=40", *(f"scale={2 + one}" for one in range(6))]}
+    found = search(shared_backbone(), [manifest], budget=3.0, **dear).summary
+    assert [heat["stage"] for heat in found["heats"]] == ["amount", "placement"]
+    assert found["skipped"][0] == {
+        "stage": "amount", "setting": "v2-3,t2-3@epochs=40", "why": "budget",
+    }  # fmt: skip
     usual = QUICK | {"amounts": None, "placement": ()}
     (heat,) = search(shared_backbone(), [manifest], budget=1.0, **usual).summary["heats"]
     assert heat["rivals"] == ["v2-3,t2-3@scale=1.5"], "of multiples three times the rate alone"

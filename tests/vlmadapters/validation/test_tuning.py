@@ -150,6 +150,11 @@ def test_a_comparison_at_one_amount_says_so_in_front(manifest: Manifest, tmp_pat
     assert recorded is not None and "one amount" in recorded.warning
     assert size_warning(["v2-3,t2-3", "v1-2,t1-2", "zero-shot"]) == ""
     assert size_warning(["v3,t3@scale=1", "v2-3,t2-3"]) == ""  # each at an amount of its own
+    # Of 2 and 4 blocks at one, of 12 and 18 at another: none of 2 is compared with one of 18.
+    several = ["1@scale=1", "1-2@scale=1", "1-6@scale=2", "1-9@scale=2", "3@scale=7"]
+    assert size_warning(several).startswith(
+        "placements of 2 to 4 and of 12 to 18 blocks are compared at one amount each, which"
+    )
     named = pd.read_csv(tmp_path / "validation_placements.csv", keep_default_na=False)
     assert named.loc[named["placement"] != "zero-shot", "warning"].str.contains("one amount").all()
     answer = comparison_table(recorded)

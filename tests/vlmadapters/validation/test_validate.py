@@ -37,6 +37,8 @@ from vlmadapters.validation.verdict import VALIDATION_COLUMNS
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_json
 from vlmlayers.manifests import Manifest
+from vlmlayers.report.next_steps import next_steps
+from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.validation import RecordedValidation as reported
 from vlmlayers.report.validation import void_verdict
 from vlmlayers.runs import Run
@@ -596,10 +598,14 @@ def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.Monkey
     CHOICE.save(tmp_path / "choice.json")
     scores().to_csv(tmp_path / "scores.csv", index=False)
     write_json(tmp_path / "provenance.json", {"validate": {"seeds": [9]}, "seed": 3})  # a study's
-    done = CliRunner().invoke(app, [*words, "--choice", str(tmp_path)], catch_exceptions=False)
+    again = [*words, "--choice", str(tmp_path), "--present-only", "--workers", "0"]
+    done = CliRunner().invoke(app, again, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "validation_correlations.csv").exists()
     recorded = Run(tmp_path).read_provenance()
+    # Without it the command that the report advises is refused for the images that are not there.
+    advised = next_steps(read_answer(tmp_path))[0].code.split()
+    assert "--present-only" in advised and "--workers" not in advised
     assert recorded["seed"] == 3 and recorded["validate"]["datasets"] == [source]
     assert recorded["validate"]["seeds"] == [1] and recorded["validate"]["set"]["shots"] == 2
     assert recorded["validate"]["kinds"] == ["all", "lower"]

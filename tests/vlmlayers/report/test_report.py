@@ -752,7 +752,7 @@ def test_what_to_do_next_is_a_command_that_can_be_typed(validated: Run) -> None:
         given={"model": {"name": "ViT-B-16", "pretrained": "a b.pt", "mean": [0.5, 0.4, 0.3],
                          "random_weights": False}, "datasets": ["eurosat"], "data_root": "my data"},
         validate={"kinds": ["paper", "all"], "amounts": ["scale=0.3"], "set": {"shots": 8},
-                  "limit": 90, "seeds": [1, 2, 3]},
+                  "limit": 90, "seeds": [1, 2, 3], "present_only": True},
     )  # fmt: skip
     proof, adapt = next_steps(read_answer(validated.folder))
     folder = str(validated.folder)
@@ -760,12 +760,16 @@ def test_what_to_do_next_is_a_command_that_can_be_typed(validated: Run) -> None:
         "vlmlayers", "validate", "ViT-B-16", "--pretrained", "a b.pt", "--mean", "0.5,0.4,0.3",
         "eurosat", "--choice", folder, "--out", folder, "--data-root", "my data",
         "--set", "shots=8", "--amounts", "scale=0.3", "--kinds", "paper,all", "--items", "90",
-        "--seeds", "1,2,3,4,5,6",
+        "--present-only", "--seeds", "1,2,3,4,5,6",
     ]  # fmt: skip
     summary = validated.folder / "validation.json"
     write_json(summary, read_json(summary) | {"training_seconds": 600.0})
     again = next_steps(read_answer(validated.folder))[0].text
     assert "about 10 min, as long as the 3 took here; testing comes on top" in again
+    write_json(validated.folder / "stages.json", {"validate": {"seconds": 20.0}})  # tests as well
+    again = next_steps(read_answer(validated.folder))[0].text
+    (validated.folder / "stages.json").unlink()
+    assert "about 1 min, as long as the 3 took here. What is trained" in again
     assert "choice.to_peft(clip" in adapt.code
     compile(adapt.code, "next", "exec")
 
@@ -795,29 +799,41 @@ def test_a_dataset_of_which_images_were_left_out_says_so(tmp_path: Path) -> None
 
 def test_the_time_of_a_proof_is_that_of_images_and_not_of_loading_the_model(tmp_path: Path) -> None:
     """640 images in 20 s beside a load of 40 s: 32 a second, not 11."""
-    run = make_run(tmp_path / "run", small=True)
-    run.record(datasets={"toy": {"items": 640, "classes": 4}}, load_seconds=40.0)
+    run = make_run(tmp_path / "run", 24, 12)
+    assert "*" not in shlex.split(next_steps(read_answer(run.folder))[0].code), "of pooled scores"
+    # The larger half of 5 classes and the one of 1 are base classes.
+    datasets = {"toy": {"items": 600, "classes": 5}, "lone": {"items": 40, "classes": 1}}
+    given = {"model": {"name": "toy"}, "datasets": ["toy", "lone"]}
+    run.record(datasets=datasets, load_seconds=40.0, given=given)
     write_json(run.folder / "stages.json", {"extract": {"seconds": 60.0}})
     text = next_steps(read_answer(run.folder))[0].text
-    # 20 placements, 2 base classes, 16 shots, 5 epochs, 3 seeds, 1.5 passes
-    minutes = 1.5 * 20 * 2 * 16 * 5 * 3 / 32 / 60
-    assert f"or {minutes:.0f} min with --amount given, at the 32 images a second" in text
+    # 24 blocks and 8 more placements, 4 base classes, 16 shots, 5 epochs, 3 seeds, 1.5 passes
+    minutes = 1.5 * 32 * 4 * 16 * 5 * 3 / 32 / 60
+    # At tuned amounts each seed trains at the recipe's and for twice as long at its own, and all
+    # of them share what finding that takes, eight trainings.
+    hours = minutes / 3 * (3 + 3 * 2 + 8) / 60
+    assert 1.5 < hours < 2.5 and 20 < minutes < 90
+    assert (
+        f"About {hours:.0f} h, or {minutes:.0f} min with --amount given, at the 32 images a second"
+    ) in text
     # What the study will ask for when its turn comes: 4 shots, 10 epochs, 5 seeds
     run.study.write_text(
         '[validate]\ndatasets = "toy"\nset = { epochs = 10, lr = 0.1 }\nshots = 4\n'
         'amounts = "scale=0.3"\namount = "given"\nseeds = [1, 2, 3, 4, 5]\n'
     )
     proof = next_steps(read_answer(run.folder))[0]
-    minutes = 1.5 * 20 * 2 * 4 * 10 * 5 / 32 / 60
+    minutes = 1.5 * 32 * 4 * 4 * 10 * 5 / 32 / 60
     assert f"About {minutes:.0f} min, at the 32 images a second" in proof.text
-    assert "20 placements, 5 seeds, 4 shots of each base class, 10 epochs" in proof.text
+    assert "32 placements, 5 seeds, 4 shots of each base class, 10 epochs" in proof.text
     folder = str(run.folder)
     assert shlex.split(proof.code)[3:] == [
         "toy", "--choice", folder, "--out", folder, "--set", "epochs=10", "--set", "lr=0.1",
         "--amounts", "scale=0.3", "--shots", "4", "--amount", "given", "--seeds", "1,2,3,4,5",
     ]  # fmt: skip
-    run.study.write_text('[validate]\nmethod = "coop"\n')  # of another number of epochs
-    assert "images a second" not in next_steps(read_answer(run.folder))[0].text
+    # Of another number of epochs, or of placements.
+    for other in ('method = "coop"', 'recipe = "mine.toml"', 'kinds = ["all"]'):
+        run.study.write_text(f"[validate]\n{other}\n")
+        assert "images a second" not in next_steps(read_answer(run.folder))[0].text
     run.study.unlink()
     write_json(run.folder / "stages.json", {"extract": {"seconds": 39.0}})
     assert "images a second" not in next_steps(read_answer(run.folder))[0].text
