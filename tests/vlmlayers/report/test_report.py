@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from run_folders import make_run
-from score_tables import DATASETS
+from score_tables import DATASETS, curve_rows, pair_rows, step, table
 
 from vlmlayers.errors import UserError
 from vlmlayers.files import read_json, write_json
@@ -31,7 +31,7 @@ from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.payload import payload, script_json, validation_entry
 from vlmlayers.report.sensitivity import sensitivity_table
-from vlmlayers.report.several import summary_table
+from vlmlayers.report.several import differences, summary_table
 from vlmlayers.report.tables import (
     answer_tables,
     comparison_table,
@@ -693,6 +693,83 @@ def test_other_settings_leave_what_they_do_not_name_as_it_was_chosen(tmp_path: P
         assert alone == chosen, "curves of all datasets are parallel, and the share is the choice's"
 
 
+def test_each_other_setting_is_the_rule_run_by_hand_with_what_the_choice_was_made_by(
+    tmp_path: Path,
+) -> None:
+    """Curves of other shapes, so that a metric, a share or an option that is mixed up shows."""
+    run = make_run(tmp_path / "run", small=True)
+    rise = [0.2 + 0.06 * block for block in range(12)]
+    bend = [value**3 for value in rise]
+    early = [1 - (1 - value) ** 4 for value in rise]
+    ncm, inside = "dataset_accuracy_ncm", "skip_joint_change"
+    parts = [
+        curve_rows("dataset_accuracy", tower, step(12, 5)) for tower in ("vision", "text")
+    ] + [
+        curve_rows(name, tower, curve)
+        for name, curves in ((ncm, (bend, early)), (inside, (rise[::-1], bend[::-1])))
+        for tower, curve in zip(("vision", "text"), curves)
+    ] + [
+        pair_rows("cka", 12, 12, lambda i, j: 0.1 + (i + 2 * j) / 40),
+        pair_rows("cka_debiased", 12, 12, lambda i, j: 0.8 if min(i, j) > 2 else 0.1),
+    ]  # fmt: skip
+    # Of single datasets: two for each start, six for that of block 9, given last.
+    names = [f"{letter}{start}" for start in (*range(2, 9), 9, 9, 9) for letter in "ab"]
+    names = [f"{name}-{number}" for number, name in enumerate(names)]
+    for name in names:
+        curve = step(12, int(name[1]))
+        curve[-2] = 0.4  # which filling closes
+        parts.append(curve_rows("class_accuracy", "vision", curve, dataset=name))
+    parts.append(curve_rows("class_accuracy", "vision", rise, dataset="*"))
+    scores = table(*parts)
+    own = {"metric": ncm, "agreement_metric": "cka", "partner": "max", "fill": True}
+
+    def rows(choice: LayerChoice, scores: pd.DataFrame) -> dict[str, tuple[str, ...]]:
+        write_scores(scores, run.folder)
+        choice.save(run.choice)
+        found = sensitivity_table(read_answer(run.folder))
+        assert found is not None
+        return {row[0]: row[1:] for row in found.rows}
+
+    def by_hand(rule: str, scores: pd.DataFrame = scores, **options: object) -> tuple[str, ...]:
+        chosen = select(scores, rule, resamples=0, **options)
+        return describe_blocks(chosen.vision), describe_blocks(chosen.text)
+
+    shares = (0.3, 0.4, 0.5, 0.6, 0.7)
+    choice = select(scores, "threshold", resamples=0, accuracy=0.4, agreement=0.6, **own)
+    found = rows(choice, scores)
+    for share in shares:
+        expected = by_hand("threshold", **own, accuracy=share, agreement=share)
+        assert found[f"threshold at {share:g} of the range"] == expected
+        # Each share bears on both curves.
+        assert expected != by_hand("threshold", **own, accuracy=share) or share == 0.5
+    assert "rule threshold" not in found
+    assert found["rule knee"] == by_hand("knee", metric=ncm) != by_hand("knee")
+    budget = by_hand("budget", score=f"metric:{ncm}")
+    assert found["rule budget"] == budget != by_hand("budget")
+    (name,) = (name for name in found if name.startswith("rule budget by "))
+    assert found[name] == by_hand("budget", score=f"metric:{inside}") != budget
+
+    alone = [name for name in found if " alone" in name]
+    six = [name for name in names if name[1] == "9"]
+    assert alone[0] == f"{', '.join(six[:4])} and 2 more alone, by class accuracy (linear probe)"
+    assert found[alone[0]] == ("9–12", "not scored"), "filled, as the choice was"
+    assert len(alone) == 7 and found[alone[-1]] == ("2 more answers", "2 more answers")
+    assert alone[-1] == "4 more datasets alone"
+
+    # Without what the towers agreed by, what is said of agreement is nothing to go by.
+    without = scores[scores["metric"] != "cka"]
+    bare = {"metric": ncm, "agreement_metric": "none", "fill": True}
+    assert rows(choice, without)["threshold at 0.3 of the range"] == by_hand(
+        "threshold", without, **bare, accuracy=0.3
+    )
+    found = rows(select(scores, "knee", resamples=0), scores)
+    assert "rule knee" not in found and found["rule budget"] == by_hand("budget")
+    assert found["rule threshold"] == by_hand("threshold")
+    assert found[f"threshold at {0.7} of the range"] == by_hand(
+        "threshold", accuracy=0.7, agreement=0.7
+    )
+
+
 def test_a_caption_of_agreement_counts_the_pairs_that_are_drawn(tmp_path: Path) -> None:
     """Agreement within a tower and of single datasets has other items and is not drawn."""
     run = make_run(tmp_path / "run", small=True)
@@ -1143,6 +1220,64 @@ def test_comparison_of_unequal_runs(validated: Run, random_run: Run, tmp_path: P
         write_comparison([validated.folder, random_run.folder], random_run.folder)
     with pytest.raises(UserError, match="shows figures as svg or png"):
         write_comparison([validated.folder, random_run.folder], tmp_path, formats="pdf")
+
+
+def test_a_comparison_sets_each_run_beside_the_others_by_what_all_of_them_have(
+    tmp_path: Path,
+) -> None:
+    one = make_run(tmp_path / "one", validated=True)
+    two = make_run(tmp_path / "two", 24, 12, small=True, weights="random")
+    scores = read_answer(one.folder).scores
+    ncm = scores[scores["metric"] == "dataset_accuracy"].assign(metric="dataset_accuracy_ncm")
+    ncm = ncm.assign(value=ncm["depth"].where(ncm["tower"] == "vision", 0.05))
+    write_scores(pd.concat([scores, ncm], ignore_index=True), one.folder)
+    other = read_answer(two.folder).scores.replace("dataset_accuracy", "dataset_accuracy_ncm")
+    write_scores(other, two.folder)
+    choice = select(other, "explicit", vision="20-24", text="3")
+    choice.save(two.choice)
+    content = read_json(two.choice)
+    content["evidence"] |= {"decided": False}
+    write_json(two.choice, content)
+
+    def shown() -> tuple[dict[str, str], ...]:
+        pairs = [(run.folder.name, read_answer(run.folder)) for run in (one, two)]
+        table = summary_table(pairs)
+        assert table.caption.endswith("being dataset accuracy (nearest mean)")
+        return tuple(dict(zip(table.headings, row)) for row in table.rows)
+
+    first, second = shown()
+    assert (first["Adapt vision"], first["Adapt text"], first["Decided"]) == ("5–12", "5–12", "yes")
+    assert (second["Adapt vision"], second["Adapt text"]) == ("20–24", "3")
+    assert second["Decided"] == "no" and second["Blocks"] == "vision 24 and text 12"
+    assert (first["Weights"], second["Weights"]) == ("toy.safetensors", "random (UNTRAINED)")
+    ends = [("Vision accuracy, embed", "embed"), ("Vision accuracy, last position", "proj")]
+    for heading, position in ends:
+        rows = ncm[(ncm["tower"] == "vision") & (ncm["position"] == position)]
+        assert float(first[heading]) == pytest.approx(rows["value"].mean(), abs=0.001)
+    assert [float(second[heading]) for heading, _ in ends] == [0.4, 0.9]
+    gaps = scores[(scores["metric"] == "centroid_gap") & (scores["position"] == "proj")]
+    assert float(first["Gap, last position"]) == pytest.approx(gaps["value"].mean(), abs=0.005)
+    assert second["Gap, last position"] == second["Trained HM"] == second["Parameters"] == "–"
+    assert first["Parameters"] == "8,000" and first["Trained HM"].endswith(")")
+    # What was trained is of the choice of then.
+    select(scores, "explicit", vision="2", text="3").save(one.choice)
+    again, _ = shown()
+    assert again["Adapt vision"] == "2" and again["Trained HM"] == again["Parameters"] == "–"
+
+
+def test_what_runs_were_made_of_lists_first_what_differs(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, small=True) for name in ("one", "two")]
+    runs[1].record(datasets={"shapes": {}, "digits": {}})
+    notes = runs[1].read_provenance()["model"]
+    runs[1].record(model={key: one for key, one in notes.items() if key != "parameters"})
+    table = differences([(run.folder.name, read_answer(run.folder)) for run in runs])
+    assert table.headings == ("What", "one", "two")
+    differ = [row[1] != row[2] for row in table.rows]
+    assert differ == sorted(differ, reverse=True) and {*differ} == {True, False}
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["Datasets"] == (DATASETS[2], "digits, shapes")
+    assert [row[2] for row in table.rows if row[1] != "–"].count("–") == 1, "of no parameters"
+    assert not any("–" in row[1] for row in table.rows)
 
 
 def test_reading_is_computed_from_the_table(validated: Run) -> None:
