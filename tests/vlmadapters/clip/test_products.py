@@ -78,7 +78,7 @@ def test_the_faster_library_multiplies_and_is_recorded(
 
 @pytest.mark.skipif(not has_onednn(), reason="this torch brings no oneDNN")
 def test_one_timing_speaks_for_inputs_of_about_as_many_rows(
-    priced: Callable[[Costs], list[str]],
+    priced: Callable[[Costs], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     priced({})
     weight = torch.randn(6, 8)
@@ -86,6 +86,34 @@ def test_one_timing_speaks_for_inputs_of_about_as_many_rows(
         frozen_linear(torch.randn(rows, 8), weight, None)
         assert len(timed_products()) == classes
     assert [one["rows"] for one in timed_products()] == [4, 8, 1024, 4096]
+    # What is faster depends on how many threads multiply.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    frozen_linear(torch.randn(4, 8), weight, None)
+    assert [one["rows"] for one in timed_products() if one["threads"] == 77] == [4]
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch brings no oneDNN")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_timed_is_of_its_class_and_a_slow_first_call_does_not_count(
+    transposed: bool, priced: Callable[[Costs], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priced({transposed: (1.0, 9.0)})
+    plain, seen = products.onednn_linear, []
+
+    def warming(x: torch.Tensor, weight: torch.Tensor, bias: object = None) -> torch.Tensor:
+        made = plain(x, weight, bias)
+        if not seen:
+            priced({transposed: (1.0, 0.5)})
+        seen.append((tuple(x.shape), tuple(weight.shape), weight.is_contiguous()))
+        return made
+
+    monkeypatch.setattr(products, "onednn_linear", warming)
+    weight = torch.randn(8, 6).t() if transposed else torch.randn(6, 8)
+    frozen_linear(torch.randn(5, 8), weight, None)
+    *timed, last = seen
+    assert set(timed) == {((8, 8), (6, 8), not transposed)} and last[0] == (5, 8)
+    (told,) = timed_products()
+    assert (told["torch"], told["onednn"], told["library"]) == pytest.approx((1.0, 0.5, "onednn"))
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this torch brings no oneDNN")
@@ -114,6 +142,7 @@ def test_what_another_process_of_this_processor_took_is_taken(
     frozen_linear(x, weight, None)
     assert calls == ["onednn"]
     told = timed_products()
+    assert (told[0]["torch"], told[0]["onednn"]) == (2.0, 1.0), "as it was timed there"
     forget_products()
     adopt_products([told[0] | {"processor": "another"}, {"library": "onednn"}])
     assert timed_products() == []
@@ -166,8 +195,15 @@ def test_only_float32_on_a_cpu_goes_there(monkeypatch: pytest.MonkeyPatch) -> No
     def absent(*arguments: object) -> None:
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(products, "onednn_linear", absent)
+    monkeypatch.setattr(products, "LEAST", 0)
+    plain = products.onednn_linear
+    for other in (absent, lambda *arguments: 2 * plain(*arguments)):
+        monkeypatch.setattr(products, "onednn_linear", other)
+        has_onednn.cache_clear()
+        assert not has_onednn()
+        assert torch.equal(frozen_linear(x, weight, None), F.linear(x, weight))
+    monkeypatch.setattr(products, "onednn_linear", plain)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     has_onednn.cache_clear()
     assert not has_onednn()
-    assert torch.equal(frozen_linear(x, weight, None), F.linear(x, weight))
     has_onednn.cache_clear()

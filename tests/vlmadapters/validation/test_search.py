@@ -377,8 +377,66 @@ def test_a_recipe_by_name_or_as_loaded_is_searched_at_the_blocks_of_the_model(
         with pytest.raises(KeyboardInterrupt):
             search(shared_backbone(), [manifest], recipe=recipe)
     assert [one.label for one in given] == 3 * ["v2-3,t2-3"], "of 12 blocks it is 5 to 12"
+    own = {(shared_backbone().name, "coop"): "few-shot"}
+    monkeypatch.setattr(
+        "vlmadapters.validation.search.default_recipe", lambda *of: own.get(of, "published")
+    )
+    with pytest.raises(KeyboardInterrupt):
+        search(shared_backbone(), [manifest], "coop")
+    assert (given[-1].name, given[-1].method.name) == ("few-shot", "coop")
     with pytest.raises(UserError, match="the recipe is of mma, not of coop"):
         search(shared_backbone(), [manifest], "coop", recipe=RECIPE)
+
+
+def test_own_values_are_told_where_a_multiple_is_tried(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Amounts that are given stay as they are; placements without one are tried at three times."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlmadapters.validation.search.Track", stop)
+    own = {manifest.name: {"epochs": 3, "settings": {"scale": 2.0}}}
+    options = QUICK | {"recipe": replace(RECIPE, datasets=own)}
+    for change, told in (
+        ({"placement": ["3@scale=2"]}, ""),
+        ({"placement": ["3@scale=2", "3"]}, f"{manifest.name} (scale=2.0), which"),
+        ({"placement": (), "amounts": None}, f"{manifest.name} (scale=2.0, epochs=3), which"),
+    ):
+        caplog.clear()
+        with pytest.raises(KeyboardInterrupt):
+            search(shared_backbone(), [manifest], **options | change)
+        assert told in caplog.text and bool(told) == bool(caplog.text)
+
+
+def test_data_are_read_as_asked_and_what_is_told_of_them_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the root, without images that cannot be read; test images among those trained on."""
+    folder = tmp_path / "root" / "colours"
+    dataset(folder)
+    text = (folder / "manifest.toml").read_text()
+    with (folder / "items.csv").open("a") as listed:
+        listed.write("train-red-0.png,0,red,test\n")
+    file = tmp_path / "lists" / "colours.toml"
+    file.parent.mkdir()
+    text = text.replace('folder = "."', 'folder = "colours"')
+    file.write_text(text.replace('"items.csv"', '"colours/items.csv"'))
+    for number in range(3):
+        (folder / "images" / f"train-green-{number}.png").write_text("no image")
+    options = QUICK | {"root": tmp_path / "root", "placement": (), "amounts": ["scale=5"]}
+    with pytest.raises(UserError, match="train-green-"):
+        search(shared_backbone(), [file], **options)
+    found = search(shared_backbone(), [file, file], **options, skip_unreadable=True)
+    assert found.summary["datasets"] == ["colours"]
+    assert any("colours" in one and "training" in one for one in caplog.messages)
+    for name in ("other", "more"):
+        dataset(tmp_path / name)
+        (tmp_path / name / "manifest.toml").rename(tmp_path / name / "same.toml")
+    with pytest.raises(UserError, match="two datasets are called 'same'"):
+        both = [tmp_path / name / "same.toml" for name in ("other", "more")]
+        search(shared_backbone(), both, **QUICK)
 
 
 def test_the_pick_of_a_search_is_a_placement_with_its_amount() -> None:

@@ -700,6 +700,7 @@ def test_each_other_setting_is_the_rule_run_by_hand_with_what_the_choice_was_mad
     run = make_run(tmp_path / "run", small=True)
     rise = [0.2 + 0.06 * block for block in range(12)]
     bend = [value**3 for value in rise]
+    bend[10] = bend[3]  # which filling closes
     early = [1 - (1 - value) ** 4 for value in rise]
     ncm, inside = "dataset_accuracy_ncm", "skip_joint_change"
     parts = [
@@ -755,6 +756,9 @@ def test_each_other_setting_is_the_rule_run_by_hand_with_what_the_choice_was_mad
     assert found[alone[0]] == ("9–12", "not scored"), "filled, as the choice was"
     assert len(alone) == 7 and found[alone[-1]] == ("2 more answers", "2 more answers")
     assert alone[-1] == "4 more datasets alone"
+
+    pooled = scores[(scores["metric"] != "class_accuracy") | (scores["dataset"] == "*")]
+    assert not [name for name in rows(choice, pooled) if " alone" in name]
 
     # Without what the towers agreed by, what is said of agreement is nothing to go by.
     without = scores[scores["metric"] != "cka"]

@@ -179,6 +179,21 @@ def test_images_of_another_folder_of_the_same_name_are_not_scored(
     assert not run.scores.exists()
 
 
+def test_images_that_are_gone_are_named_with_where_they_belong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To extract again, as for altered ones, would not bring them back."""
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("pics"))
+    rows = [f"{'ab'[one % 2]}/{one}.png,{'ab'[one % 2]},train" for one in range(6)]
+    Path("pics/items.csv").write_text("\n".join(["path,label,split", *rows]) + "\n")
+    run = extracted(tmp_path, "pics/items.csv")
+    Path("pics/a/2.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 6 images are not in .*pics: a/2\.png;"):
+        score_run(run.folder, ["effective_rank", *MODEL], QUICK, progress=False)
+    assert not run.scores.exists()
+
+
 def test_a_run_and_its_images_may_be_moved_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
