@@ -65,6 +65,9 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: va.validate(shared_backbone(), "2", "faces", seed=-1), "seed takes a whole num"),
         (lambda: train(seeds=[1, 1, 3]), "'seeds': names 1 twice; a seed again is no new draw"),
         (lambda: va.search(shared_backbone(), "faces", seeds=(2, 2)), "'seeds': names 2 twice"),
+        (lambda: va.search(shared_backbone(), "faces", budget=0), "budget is 0"),
+        (lambda: va.search(shared_backbone(), "faces", shots=0), "shots is 0; at least 1"),
+        (lambda: va.search(shared_backbone(), "faces", placement=7), "such as '5-12'"),
         (
             lambda: va.validate(shared_backbone(), "2", "faces", seeds=(2, 2)),
             "'seeds': names 2 twice",

@@ -829,6 +829,24 @@ def test_a_stopped_stream_goes_on_from_its_sums_unless_it_is_forced(
         assert not (out / "streams").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": [{"name": "mini-clip"}, {"name": "mini-clip", "random_weights": True}]},
+         "streaming takes one model at a time; name one"),
+        ({"models": [{"name": "mini-clip", "pretrained": "nosuch"}]}, "nosuch"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_streamed_is_said_before_a_model_is_loaded(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StageContext, "load_model", lambda *_: pytest.fail("a model is loaded"))
+    study = check_study({"datasets": ["digits"], **change})
+    with pytest.raises(UserError, match=message):
+        stream_study(study, tmp_path / "out", metrics=["effective_rank"], progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stream_leaves_out_a_dataset_that_fails(to_stream: Any, tmp_path: Path) -> None:
     for name in ("cat/1.png", "dog/1.png"):
         (tmp_path / "broken" / name).parent.mkdir(parents=True)
