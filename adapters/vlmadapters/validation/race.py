@@ -283,8 +283,10 @@ class Race:
         Rivals that alone are beyond the budget, in full trainings, are left out, then others from
         the end until the heat fits it.
         """
-        # A rival at the default's own setting would be compared with itself.
-        known = {label(one): one for one in rivals if label(one) != label(default)}
+        # A rival at the default's own setting would be compared with itself, and one that an
+        # earlier heat has seen diverge would take budget from the rest.
+        out = {label(default), *self.track.diverged}
+        known = {label(one): one for one in rivals if label(one) not in out}
         # First what is too dear by itself, or it would take the rest with it.
         for one in [one for one in known if self._beyond(budget, default, [known[one]])]:
             self.skip(stage, one, "budget")

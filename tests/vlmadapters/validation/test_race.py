@@ -168,7 +168,8 @@ def test_left_out_is_what_ran_in_no_heat_or_diverged_each_setting_once() -> None
     race = Race(track, "log_likelihood")  # type: ignore[arg-type]
     assert race.run("amount", a, [b, wild, again, dear], 1.5) is b
     assert [one["setting"] for one in race.left_out] == ["again", "dear", "wild"]
-    assert race.run("placement", b, [again, dear, wild], 5.0) is again
+    # What has diverged takes none of the budget, which is that of `again` alone.
+    assert race.run("placement", b, [wild, again, dear], 2.0) is again
     assert {one["setting"]: one["why"] for one in race.left_out} == {
         "dear": "budget", "wild": "it diverged",
     }  # fmt: skip
