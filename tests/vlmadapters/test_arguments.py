@@ -196,6 +196,11 @@ def test_a_bare_value_and_numpy_numbers_are_taken_as_meant() -> None:
         ["evaluate", "mini-clip", "digits", "--adapter", "x.pth", "--scale", "1", "--set=scale=2"],
         ["train", "mini-clip", "digits", "--out", "x", "--target", "signs"],
         ["validate", "mini-clip", "nosuch/folder", "--placement", "5-12", "--out", "x"],
+        ["validate", "mini-clip", "digits", "--placement", "5-13", "--out", "x"],
+        ["validate", "mini-clip", "digits", "--placement=5-12", "--scores=no.csv", "--out", "x"],
+        ["search", "mini-clip", "nosuch/folder", "--out", "x"],
+        ["search", "mini-clip", "digits", "--placement", "12", "--placement", "5-13", "--out", "x"],
+        ["search", "mini-clip", "digits", "--method", "tip", "--out", "x"],
     ],
     ids=" ".join,
 )

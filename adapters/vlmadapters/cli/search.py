@@ -11,6 +11,7 @@ from vlmadapters.cli.inputs import (
     Method,
     RecipeName,
     Settings,
+    check_blocks,
     check_inputs,
     depths_of,
     load_backbone,
@@ -55,6 +56,8 @@ def search(
 
     check_searchable(made.method)
     check_inputs(model, weights, datasets, data_root)
+    for placed in options.placement or ():
+        check_blocks(model, placed)
     # Not before the checks, as torch takes seconds to import.
     from vlmadapters.validation.search import search as run
 

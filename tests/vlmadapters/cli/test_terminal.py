@@ -112,6 +112,13 @@ def test_scattered_blocks_of_a_validation_stay_within_80_columns() -> None:
     assert "NaN" not in text and "0.06" in text and "0.01" not in text
     assert "the 5 highest of 6; p_holm: of all scores" in text
     assert "Of 6 scores none predicted the harmonic mean." in text
+    # Of trainings at the recipe's amount beside tuned ones: what is wrong with comparing them too.
+    for warning, end in (("placements differ in size", " WARNING: placements differ in size."),
+                         ("", "")):  # fmt: skip
+        both = said | {"untuned": {"verdict": "Level.", "warning": warning}}
+        found = Validation([0], placements, both, None, untuned=placements)  # type: ignore[arg-type]
+        lines = " ".join(validation_text(found, Path("runs/mine")).split())
+        assert f"All at the recipe's amount: Level.{end} Of 6 scores" in lines
 
 
 def test_a_note_names_the_methods_that_it_is_of() -> None:

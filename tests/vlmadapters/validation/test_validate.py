@@ -609,6 +609,12 @@ def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.Monkey
     assert recorded["seed"] == 3 and recorded["validate"]["datasets"] == [source]
     assert recorded["validate"]["seeds"] == [1] and recorded["validate"]["set"]["shots"] == 2
     assert recorded["validate"]["kinds"] == ["all", "lower"]
+    # No training changed an answer: no mistake of the user's, and no result for a script either.
+    still = [*words, "--placement", "2-3", "--out", str(tmp_path / "still")]
+    still = ["lr=1e-12" if one == "lr=0.05" else one for one in still]
+    still = ["scale=1e-9" if one == "scale=0.5" else one for one in still]
+    done = CliRunner().invoke(app, still, catch_exceptions=False)
+    assert done.exit_code == 2 and "VOID" in done.output and "difference:" not in done.output
     for wrong in ([], ["--placement", "2-3", "--choice", "x"]):
         with pytest.raises(UserError, match="exactly one of --choice and --placement"):
             CliRunner().invoke(app, words + wrong, catch_exceptions=False)
