@@ -480,8 +480,9 @@ def test_a_search_in_which_all_or_the_default_diverge_says_so(manifest: Manifest
     with pytest.raises(UserError, match=r"nothing was trained to the end .* smaller amounts"):
         search(shared_backbone(), [manifest], **lone)
     wild = RECIPE.changed({"lr": 1e30}, {})
-    with pytest.raises(UserError, match="logits that are not finite"):
+    with pytest.raises(UserError, match="logits that are not finite") as refused:
         search(shared_backbone(), [manifest], **QUICK | {"recipe": wild})
+    assert "beside the default" not in str(refused.value), "it is the default that diverges"
 
 
 def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
@@ -501,6 +502,8 @@ def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     half = search(shared_backbone(), [manifest], budget=2.0, **QUICK).summary["heats"]
     assert [heat["stage"] for heat in half] == ["amount", "placement"], "0.4 are left for places"
     assert half[0]["rivals"] == ["v2-3,t2-3@scale=5"]
+    # Of 1.0 that is left two rivals take 0.75, as the default has run: 0.25 for each fold.
+    assert half[1]["rivals"] == ["v3,t3", "v3,t3@scale=1.5"]
     # An amount that is dear by itself is left out and leaves the places their share.
     dear = QUICK | {"amounts": ["epochs=40", *(f"scale={2 + one}" for one in range(6))]}
     found = search(shared_backbone(), [manifest], budget=3.0, **dear).summary
