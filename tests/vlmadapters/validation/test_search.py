@@ -34,11 +34,13 @@ from vlmadapters.validation.candidates import (
     tried_placements,
 )
 from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
+from vlmadapters.validation.options import SearchOptions
 from vlmadapters.validation.race import Heat
 from vlmadapters.validation.search import Search, _statement, search
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import Amount, Placement
+from vlmlayers.selection import LayerChoice
 from vlmlayers.words import UNTRAINED, counted
 
 RECIPE = Recipe(
@@ -511,6 +513,11 @@ def test_what_the_budget_leaves_out_is_named(manifest: Manifest) -> None:
     assert found["skipped"][0] == {
         "stage": "amount", "setting": "v2-3,t2-3@epochs=40", "why": "budget",
     }  # fmt: skip
+    # Without places amounts have all of it: 1.75 are more than 0.6 of 2.
+    (heat,) = search(
+        shared_backbone(), [manifest], budget=2.0, **QUICK | {"placement": ()}
+    ).summary["heats"]
+    assert len(heat["rivals"]) == 2
     usual = QUICK | {"amounts": None, "placement": ()}
     (heat,) = search(shared_backbone(), [manifest], budget=1.0, **usual).summary["heats"]
     assert heat["rivals"] == ["v2-3,t2-3@scale=1.5"], "of multiples three times the rate alone"
@@ -694,6 +701,29 @@ def test_placements_of_a_method_of_one_tower_lie_there(manifest: Manifest) -> No
     tried = [Placement.parse(one) for one in set(found.table["setting"])]
     assert {one.vision for one in tried} == {()} and (1, 2, 3) in {one.text for one in tried}
     assert {heat["stage"] for heat in found.summary["heats"]} == {"placement"}
+
+
+def test_what_learns_each_class_by_itself_is_tested_on_the_classes_it_trains(
+    manifest: Manifest,
+) -> None:
+    short = {"epochs": 1, "warmup_epochs": 0, "shots": 4, "batch_size": 4, "steps_per_shot": 0}
+    recipe = load_recipe("published", "coop").changed(short, {"class_specific": True})
+    options = QUICK | {"recipe": recipe, "amounts": ["lr=0.5"], "placement": ()}
+    told = " No class was held out whole: coop learns each by itself."
+    for novel in (True, False):
+        found = search(shared_backbone(), [manifest], **options, novel=novel)
+        assert found.table["novel"].isna().all() and found.summary["novel_held_out"] is False
+        assert (told in found.statement) is novel, "where nothing novel was asked for"
+
+
+def test_a_choice_is_tried_at_the_amount_that_it_was_found_at() -> None:
+    choice = LayerChoice((2, 3), (3,), "search", {"amount": "scale=5"})
+    for given, placed in (
+        (choice, "v2-3,t3@scale=5"),
+        ([SimpleNamespace(vision=(1,), text=(2,)), "3"], "v1,t2 v3,t3"),
+    ):
+        found = SearchOptions(placement=given).placement
+        assert found is not None and " ".join(map(str, found)) == placed
 
 
 def planted(effect: float, noise: float, seed: int, count: int = 4) -> pd.DataFrame:
