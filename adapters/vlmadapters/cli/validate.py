@@ -99,9 +99,8 @@ def validate(
         typer.echo(RANDOM)
     typer.echo(wrapped(found.verdict) if found.void else _text(found, out))
     asked = {"datasets": datasets, "method": method, "recipe": recipe, "set": values, "seed": seed}
-    # How images are read changes no cell, but for those that are left out.
-    read = {*ReadOptions.model_fields} - {"present_only", "skip_unreadable"}
-    asked |= options.model_dump(exclude={"together", *read})
+    # What decides only how fast it is stays out; which images count does not.
+    asked |= options.model_dump(exclude={"together", "workers"})
     # In place of what a study of the run asked for: the files are no longer of that.
     given = {key: one for key, one in asked.items() if one is not None}
     Run(out).finish("validate", validate=given)
