@@ -305,8 +305,12 @@ def how_made(
     pooling, counts = [], []
     for tower in TOWERS:
         part = rows[rows["tower"] == tower]
+        # A row between towers has the pooling of its first; the other's stands in rows of its own.
+        beside = scores[(scores["tower"] == tower) & (tower in set(rows["other_tower"]))]
+        pooled = part if len(part) else beside
+        if len(pooled):
+            pooling.append(f"{_names(pooled['pooling'])} ({tower})")
         if len(part):
-            pooling.append(f"{_names(part['pooling'])} ({tower})")
             ends = dict.fromkeys((f"{part['n'].min():,.0f}", f"{part['n'].max():,.0f}"))
             counts.append(f"{'–'.join(ends)} ({tower})")
     stated = stated_options(rows, metric).split("; ")

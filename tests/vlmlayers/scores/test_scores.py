@@ -854,6 +854,14 @@ def test_a_caption_can_state_the_options_behind_a_metric(scores: pd.DataFrame) -
     assert "Chance: 1 / number of datasets" in caption
 
 
+def test_a_caption_between_towers_names_how_both_pool(scores: pd.DataFrame) -> None:
+    """Rows of a gap hold the vision tower's pooling; rows of the text tower hold its own."""
+    assert set(scores.loc[scores["metric"] == "centroid_gap", "tower"]) == {"vision"}
+    assert "pooling cls (vision) and eot (text); n" in how_made(scores, "centroid_gap")
+    gaps = scores[scores["metric"] == "centroid_gap"]
+    assert "pooling cls (vision); n" in how_made(gaps, "centroid_gap")  # nothing tells the other's
+
+
 def test_classes_that_class_metrics_leave_out_are_told(caplog: pytest.LogCaptureFixture) -> None:
     full = make_features(items=60)
     labels = full.vision.labels
