@@ -25,6 +25,7 @@ from vlmlayers.metrics.moments import (
     directions_from,
     fisher_from,
     frechet_from,
+    frechet_null_by_rows,
     frechet_null_from,
     spectral_influence,
     white_noise_root,
@@ -217,6 +218,17 @@ def _discriminant(moments: list[Moments], x: Array) -> Labels:
     return discriminant_predict(factor, means, x - centre)
 
 
+def _frechet_null(x: Moments, y: Moments, images: Array, texts: Array) -> float:
+    """Return the Fréchet gap of mixed clouds: of rows where enough are kept, else of normal ones.
+
+    Never of as few rows as are kept: the distance by chance grows as rows become fewer.
+    """
+    rng = generator(Draw.STREAMED_NOISE)
+    if min(x.n, y.n) <= min(len(images), len(texts)):
+        return frechet_null_by_rows(x, y, (images, texts), rng)
+    return frechet_null_from(x, y, rng)
+
+
 def _on_rows(function: Callable[..., float], *arrays: Any) -> float:
     """Return a function of some rows of its arrays; the last argument names the rows."""
     *data, rows = arrays
@@ -355,8 +367,7 @@ class _Scorer:
                     null = float(np.sqrt(1.0 / x.n + 1.0 / y.n))
                 else:
                     value = frechet_from(x, y)
-                    # Not of the sample's rows: the distance by chance grows as rows become fewer.
-                    null = frechet_null_from(x, y, generator(Draw.STREAMED_NOISE))
+                    null = _frechet_null(x, y, image_rows, text_rows)
                 kind = "first_captions" if texts is None else "class_prompts"
                 self._add(point, value, null, on_sample, pairs=kind, texts=y.n)
 

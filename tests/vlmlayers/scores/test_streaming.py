@@ -35,6 +35,7 @@ from vlmlayers.metrics.moments import (
     eigenvalues_from,
     fisher_from,
     frechet_from,
+    frechet_null_by_rows,
     frechet_null_from,
     white_noise_root,
 )
@@ -139,6 +140,47 @@ def test_the_frechet_null_is_of_clouds_that_scatter_unlike(n: int, m: int) -> No
     x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
     ours = frechet_null_from(Moments.of(x), Moments.of(y), rng, draws=20)
     assert ours == pytest.approx(frechet_null(x, y, draws=20), rel=0.1)
+
+
+@pytest.mark.parametrize(("n", "m", "kept"), [(3000, 40, 99), (40, 3000, 99), (120, 120, 120)])
+def test_the_frechet_null_is_of_rows_that_are_not_normal(n: int, m: int, kept: int) -> None:
+    """Rows of two heaps: normal ones of their covariance scatter unevenly."""
+    rng = np.random.default_rng(9)
+    heaps = np.where(np.arange(max(n, m)) % 2, 1.0, -1.0)[:, None] * np.eye(8)[0]
+    x, y = (heaps[:k] + 0.05 * rng.normal(size=(k, 8)) for k in (n, m))
+    sums, rows = [Moments.of(z) for z in (x, y)], (x[:kept], y[:kept])
+    ours = frechet_null_by_rows(*sums, rows, rng, draws=200)
+    mixed = np.mean([gap_of_mixed(x, y, np.random.default_rng(seed)) for seed in range(200)])
+    assert ours == pytest.approx(mixed, rel=0.07)
+    assert frechet_null_from(*sums, rng, draws=40) > 1.2 * mixed
+
+
+def gap_of_mixed(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
+    rows = rng.permutation(np.vstack([x - x.mean(axis=0), y - y.mean(axis=0)]))
+    parts = [part - part.mean(axis=0) for part in (rows[: len(x)], rows[len(x) :])]
+    return frechet_from(*(Moments.of(part) for part in parts))
+
+
+def test_the_streamed_frechet_null_is_that_of_mixed_rows() -> None:
+    """Of many images beside few prompts, of which all are kept."""
+    rng = np.random.default_rng(10)
+    labels = np.arange(600) % 6
+    images = np.eye(8)[0] + np.where(labels % 2, 1.0, -1.0)[:, None] * np.eye(8)[1]
+    images += 0.02 * rng.normal(size=(600, 8))
+    texts = np.eye(8)[2] + np.where(np.arange(6) % 2, 1.0, -1.0)[:, None] * np.eye(8)[1]
+    one = LayerFeatures.from_arrays(
+        {"1": images},
+        labels=labels,
+        text={"1": texts + 0.02 * rng.normal(size=(6, 8))},
+        text_labels=np.arange(6),
+        space="joint",
+    )
+    table = score_streaming([one], ["frechet_gap"], sample=50)
+    clouds = (np.asarray(z.arrays["joint"]["1"], np.float64) for z in (one.vision, one.text))
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in clouds)
+    mixed = [gap_of_mixed(x, y, np.random.default_rng(seed)) for seed in range(200)]
+    error = np.std(mixed) / np.sqrt(5)
+    assert table["null"].item() == pytest.approx(np.mean(mixed), abs=2.5 * error)
 
 
 def test_the_frechet_null_of_a_billion_rows_is_that_of_fewer() -> None:
