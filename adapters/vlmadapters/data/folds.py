@@ -34,7 +34,8 @@ class Fold(TaskData):
         train: Items trained on, labelled by these names.
         test: Items held out.
         apart: Whether the second half of the classes is held out whole.
-        held_out: Share of each inner base class's shots that is held out.
+        held_out: Share of each inner base class's shots that is held out, in the mean of the folds
+            that hold out every shot once: of 4 shots three folds hold out 2, 1 and 1.
         drawn_by: What tells the draw from others whose folds have the same names.
     """
 

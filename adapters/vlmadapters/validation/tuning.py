@@ -24,8 +24,10 @@ class Tuning:
     Attributes:
         settings: Each placement at the amount that did best, in the order that was asked for.
         table: Held-out accuracy over amount, with the columns `AMOUNT_COLUMNS`: percent, mean over
-            folds; novel and hm are NaN where no class was held out whole; times is the amount in
-            multiples of the recipe's, n the folds.
+            the n folds that the amount ran in. Those that dropped out ran in the first alone, so
+            that rows of other n differ by their folds as well; what is picked is compared within
+            folds. novel and hm are NaN where no class was held out whole; times is the amount in
+            multiples of the recipe's.
         trainings: Cost in full trainings of one placement.
     """
 

@@ -236,8 +236,9 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
         yield Plan(
             "amount",
             f"Base, novel and harmonic mean over amount, {_source(answer)}. A line per placement; "
-            "held-out training shots of base classes, inner base and inner novel; mean over folds, "
-            "of which amounts that dropped out ran fewer.",
+            "held-out training shots of base classes, inner base and inner novel; mean over the "
+            "folds that each ran in. Amounts that dropped out ran in the first alone: how hard "
+            "these are is part of their height, and picks compare amounts within folds.",
             lambda: mark_random(plots.amount_curves(validation.amounts)[-1], answer.random_weights),
             lambda: validation.amounts,
         )
