@@ -79,6 +79,20 @@ def percent(*shares: float) -> str:
     return "–".join(dict.fromkeys(map(_whole, (min(shares), max(shares))))) + " %"
 
 
+def interval(low: float, high: float) -> str:
+    """Return an interval to three decimals, `[-0.005, 0.031]`.
+
+    A bound beside 0 has as many more, up to six, as say on which side it lies: `[0.0001, 0.043]`.
+    """
+    return f"[{_bound(low)}, {_bound(high)}]"
+
+
+def _bound(value: float) -> str:
+    if not 0.5e-6 < abs(value) < 0.5e-3:
+        return f"{value:z.3f}"
+    return next(said for n in (4, 5, 6) if float(said := f"{value:.{n}f}"))
+
+
 def _whole(share: float) -> str:
     if 0 < share < 0.005:
         return "< 1"

@@ -49,7 +49,7 @@ from vlmlayers.manifests import Manifest, distinct
 from vlmlayers.options import takes, validated
 from vlmlayers.placement import ZERO_SHOT, Placement
 from vlmlayers.runs import environment
-from vlmlayers.words import UNTRAINED, WIDTH, counted
+from vlmlayers.words import UNTRAINED, WIDTH, counted, interval
 
 AMOUNT_SHARE = 0.6  # of the budget, where placements are searched as well
 
@@ -327,12 +327,12 @@ def _statement(
     over = f"over {len(plain.folds)} folds"
     if gain is not None:
         advice = (
-            f"Train {pick}: {gain.mean:+z.3f} [{gain.low:z.3f}, {gain.high:z.3f}] against the "
+            f"Train {pick}: {gain.mean:+z.3f} {interval(gain.low, gain.high)} against the "
             f"default {default}, better in {gain.wins} of {len(gain.folds)} folds."
         )
         if (tried := _tried(race)) > 1:  # the best of several looks good by chance as well
             low, high = gain.among(tried)
-            advice += f" It is the best of {tried}; for all at once: [{low:z.3f}, {high:z.3f}]"
+            advice += f" It is the best of {tried}; for all at once: {interval(low, high)}"
             advice += ", so that as such it cannot be told from the default." if low <= 0 else "."
     else:
         # Of several heats' best, one that may be as good comes before one that is worse by less.
@@ -340,12 +340,12 @@ def _statement(
         found = best.difference
         advice = (
             f"Keep the default {default}: the best rival, {best.best}, cannot be told from it "
-            f"({found.mean:+z.3f} [{found.low:z.3f}, {found.high:z.3f}] {over})."
+            f"({found.mean:+z.3f} {interval(found.low, found.high)} {over})."
             if found.high >= 0
             else f"Keep the default {default}: every rival that was followed is worse, the best by "
-            f"{-found.mean:z.3f} [{-found.high:z.3f}, {-found.low:z.3f}] {over}."
+            f"{-found.mean:z.3f} {interval(-found.high, -found.low)} {over}."
         )
-    numbers = f"{plain.mean:+z.3f} [{plain.low:z.3f}, {plain.high:z.3f}] against zero-shot CLIP"
+    numbers = f"{plain.mean:+z.3f} {interval(plain.low, plain.high)} against zero-shot CLIP"
     if plain.low > 0:
         return f"{advice} Training pays: {numbers}."
     if plain.high < 0:

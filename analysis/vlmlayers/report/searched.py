@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmlayers.report.numbers import Answer
 from vlmlayers.report.tables import Table, tabular
+from vlmlayers.words import interval
 
 SHOWN = 12  # settings listed in the report; search.csv holds all
 
@@ -59,7 +60,7 @@ def _pairs(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]
 
 
 def _difference(one: Mapping[str, Any]) -> str:
-    return f"{one['mean']:+z.3f} [{one['low']:z.3f}, {one['high']:z.3f}]"
+    return f"{one['mean']:+z.3f} {interval(one['low'], one['high'])}"
 
 
 def _wins(one: Mapping[str, Any]) -> str:

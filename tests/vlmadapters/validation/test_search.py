@@ -41,7 +41,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import Amount, Placement
 from vlmlayers.selection import LayerChoice
-from vlmlayers.words import UNTRAINED, counted
+from vlmlayers.words import UNTRAINED, counted, interval
 
 RECIPE = Recipe(
     "tiny",
@@ -666,6 +666,17 @@ def test_a_rival_that_ties_in_every_fold_is_not_called_worse() -> None:
 
     assert "the best rival, b, cannot be told from it (+0.000 [0.000, 0.000]" in said(tie)
     assert "every rival that was followed is worse, the best by 0.200" in said(worse)
+
+
+def test_what_decides_does_not_read_as_0() -> None:
+    """Seen: "Training pays: +0.022 [0.000, 0.043]", of a lower bound of 0.00007."""
+    plain = Difference(0.0217, 0.0000694, 0.0434, 6, (("a", 1, 0, 0.03), ("a", 1, 1, 0.01)))
+    race: Any = SimpleNamespace(heats=[Heat("placement", "a", ("b",), "b", plain, "b")])
+    said = _statement(race, "b", "a", None, plain)
+    assert said.endswith("Training pays: +0.022 [0.0001, 0.043] against zero-shot CLIP.")
+    below = replace(plain, mean=-0.02, low=-0.04, high=-0.000002)
+    assert "[-0.040, -0.000002] against" in _statement(race, "b", "a", None, below)
+    assert interval(-1e-9, 0.0) == "[0.000, 0.000]" and interval(5e-4, 1) == "[0.001, 1.000]"
 
 
 def test_the_best_of_several_has_an_interval_for_all_of_them() -> None:
