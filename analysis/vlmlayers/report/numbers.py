@@ -349,6 +349,7 @@ class Answer:
         """Return the rule in words, with the options that are numbers or names."""
         rule = RULES.get(self.choice.rule)
         meaning = (rule.__doc__ or "").partition("\n")[0].rstrip(".") if rule else ""
+        meaning = meaning.replace("`", "")  # a page shows no code marks
         options = ", ".join(
             f"{key.replace('_', ' ')} {_number(value)}"
             for key, value in self.choice.evidence.get("options", {}).items()

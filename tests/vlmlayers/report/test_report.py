@@ -271,7 +271,10 @@ def test_a_choice_from_other_scores_is_told(tmp_path: Path, rule: str) -> None:
     run = make_run(tmp_path / "run", small=True)
     scores = read_answer(run.folder).scores
     select(scores, rule, resamples=20).save(run.choice)
-    assert not read_answer(run.folder).stale
+    answer = read_answer(run.folder)
+    assert not answer.stale
+    said = dict(answer.facts())["Rule"]
+    assert said.startswith(f"{rule}: ") and "`" not in said  # as a page shows it
     told = "the choice was made from other scores than these"
     for other, why in (
         (scores.assign(value=1 - scores["value"]), "of the vision tower differs"),
