@@ -26,6 +26,7 @@ def scored(
     metrics: Sequence[str],
     intervals: bool = False,
     more: str = "",
+    beside: pd.DataFrame | None = None,
 ) -> Caption:
     """Return the caption of a figure of scores.
 
@@ -35,10 +36,11 @@ def scored(
         metrics: The metrics drawn; those made alike are described together.
         intervals: Whether the figure shows the intervals of the table.
         more: What the rest of the caption says first.
+        beside: The tables that `scores` is of, for the pooling of the tower that a row is not of.
     """
     alike: dict[str, list[str]] = {}
     for metric in metrics:
-        facts = how_made(scores, metric, intervals)
+        facts = how_made(scores, metric, intervals, beside=beside)
         alike.setdefault(facts, []).append(axis_label(metric))
     made = [f"{', '.join(labels)}: {facts}" for facts, labels in alike.items()]
     return _caption(opening, scores, [more, *made])

@@ -110,7 +110,8 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
 
 def fig2_gap(tables: Folders, out: Path) -> list[Path]:
     """Draw distance and gap between images and texts at every position, one line per dataset."""
-    scores = select(read_scores(tables, GAP_METRICS), "modality gap", metric=GAP_METRICS)
+    whole = read_scores(tables, GAP_METRICS)
+    scores = select(whole, "modality gap", metric=GAP_METRICS)
     models = list(by_model(scores))
     metrics = [name for name in GAP_METRICS if (scores.metric == name).any()]
     figure, axes = panels(len(metrics), len(models), 1.6, "row")
@@ -130,15 +131,15 @@ def fig2_gap(tables: Folders, out: Path) -> list[Path]:
     caption = scored(
         "Distance between images and texts at every position, one line per dataset. Bands: 95 % "
         "interval; dashed and grey: chance, its mean and range over datasets",
-        scores, metrics, intervals=True, more=JOINT)  # fmt: skip
+        scores, metrics, intervals=True, more=JOINT, beside=whole)  # fmt: skip
     return save(figure, out, "fig2_gap", drawn, caption)
 
 
 def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
     """Draw the agreement of every vision position with every text position."""
     seen = Seen()
-    scores = read_scores(tables, AGREEMENT_METRICS, seen)
-    scores = select(scores, "agreement between towers", metric=AGREEMENT_METRICS)
+    whole = read_scores(tables, AGREEMENT_METRICS, seen)
+    scores = select(whole, "agreement between towers", metric=AGREEMENT_METRICS)
     scores = select(scores, "agreement between towers", tower="vision", other_tower="text")
     models = list(by_model(scores))
     metrics = [name for name in AGREEMENT_METRICS if (scores.metric == name).any()]
@@ -160,7 +161,7 @@ def fig3_agreement(tables: Folders, out: Path) -> list[Path]:
         f"{mean_over(shown, 'seed')}", {"Bars beside the axes: the chosen blocks": any(choices),
                                       **dict.fromkeys(doubted(doubts), True)}
     )  # fmt: skip
-    caption = scored(opening, pd.concat(shown), metrics)
+    caption = scored(opening, pd.concat(shown), metrics, beside=whole)
     return save(figure, out, "fig3_agreement", drawn, caption)
 
 

@@ -161,7 +161,7 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
     shapes = metrics_by_shape(scores)
     for name in metrics:
         check_one_of("metric", name, shapes["curve"], where="the score table")
-    for metric in dict.fromkeys((*CURVES, *metrics)):
+    for metric in dict.fromkeys((*answer.chosen_by, *CURVES, *metrics)):
         if metric in shapes["curve"]:
             yield Plan(
                 f"curves-{slug(metric)}",
@@ -302,7 +302,7 @@ def _datasets(scores: pd.DataFrame) -> set[str]:
 
 
 def _caption(answer: Answer, metric: str, where: str, drawn: pd.DataFrame | None = None) -> str:
-    entry = metric_entry(metric, answer.scores if drawn is None else drawn)
+    entry = metric_entry(metric, answer.scores if drawn is None else drawn, answer.scores)
     return f"{entry['label']} {where}, {_source(answer)}. {entry['caption']}".strip()
 
 

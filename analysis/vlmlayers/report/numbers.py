@@ -80,6 +80,17 @@ class Answer:
         return {}
 
     @property
+    def chosen_by(self) -> tuple[str, ...]:
+        """The metrics that the choice was made by; none of a rule of the user's own or a search."""
+        if self.choice.rule not in RULES:
+            return ()
+        try:
+            rule = make_rule(self.choice.rule, self.choice.evidence.get("options", {}))
+            return tuple(rule.reads(self.depths))
+        except UserError:  # options of another version: the answer says so where it compares values
+            return ()
+
+    @property
     def model(self) -> str:
         """Architecture."""
         return str(self.scores["model"].iloc[0])

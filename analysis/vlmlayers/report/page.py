@@ -87,7 +87,6 @@ def write_report(
             "note": note,
             "figures": figures,
             "archive": data_uri(zipped(figures), "application/zip"),
-            "why": WHY,
             "remarks": remarks(answer),
             "steps": next_steps(answer),
             "sensitivity": sensitivity_table(answer),
@@ -163,7 +162,8 @@ def _safe(text: str) -> Any:
 def _evidence(answer: Answer) -> dict[str, Any]:
     shapes = metrics_by_shape(answer.scores)
     labels = {name: _label(name) for names in shapes.values() for name in names}
-    ordered = sorted(shapes["curve"], key=lambda n: FIRST.index(n) if n in FIRST else len(FIRST))
+    first = list(dict.fromkeys((*answer.chosen_by, *FIRST)))
+    ordered = sorted(shapes["curve"], key=lambda n: first.index(n) if n in first else len(first))
     per_dataset = [
         name
         for name in sorted(ordered, key=lambda n: n != "centroid_gap")
@@ -174,6 +174,7 @@ def _evidence(answer: Answer) -> dict[str, Any]:
         "curve_metrics": [(name, labels[name]) for name in ordered],
         "matrix_metrics": [(name, labels[name]) for name in shapes["matrix"]],
         "gap_metrics": [(name, labels[name]) for name in per_dataset],
+        "why": WHY if ordered and ordered[0] in DATASET_ACCURACIES else "",
         "lead": f"{_label(ordered[0])}. {answer.reading(ordered[0])}" if ordered else "",
         "gap_lead": f"{_label(gap)}. {answer.reading(gap)}" if gap else "",
         "datasets": sorted(set(answer.scores["dataset"]) - {"*"}),

@@ -67,19 +67,22 @@ def payload(answer: Answer) -> dict[str, Any]:
     return content
 
 
-def metric_entry(name: str, scores: pd.DataFrame | None = None) -> dict[str, Any]:
+def metric_entry(
+    name: str, scores: pd.DataFrame | None = None, beside: pd.DataFrame | None = None
+) -> dict[str, Any]:
     """Return what the METRICS table says of a metric, for labels and captions.
 
     Args:
         name: Name of the metric.
         scores: Score table; the caption then says how its values were made.
+        beside: The table that `scores` is a part of, if it is one; see `how_made`.
     """
     from vlmlayers.metrics.table import find_metric
 
     known = find_metric(name)
     made = ""
     if scores is not None and (scores["metric"] == name).any():
-        made = f"How: {how_made(scores, name, every_space=True)}."
+        made = f"How: {how_made(scores, name, every_space=True, beside=beside)}."
     if known is None:
         return {"label": name.replace("_", " "), "level": "other", "caption": made}
     chance = f" Chance: {known.null_text}." if known.null_text else ""

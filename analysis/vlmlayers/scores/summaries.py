@@ -291,7 +291,12 @@ def dataset_names(scores: pd.DataFrame) -> list[str]:
 
 
 def how_made(
-    scores: pd.DataFrame, metric: str, intervals: bool = True, *, every_space: bool = False
+    scores: pd.DataFrame,
+    metric: str,
+    intervals: bool = True,
+    *,
+    every_space: bool = False,
+    beside: pd.DataFrame | None = None,
 ) -> str:
     """Return split, space, pooling, n, options and seeds of a metric, in words for a caption.
 
@@ -300,14 +305,17 @@ def how_made(
         metric: A metric of it.
         intervals: Whether to say how the intervals were made.
         every_space: Whether the caption is of all spaces, or of the one that figures read.
+        beside: The table that `scores` is a part of, if it is one: a row between towers holds the
+            pooling of its first, and that of the other may stand in rows of other metrics.
     """
     rows = as_read(scores, metric, every_space=every_space)
+    theirs = scores if beside is None else beside
+    theirs = theirs[theirs["model"].isin(rows["model"]) & theirs["weights"].isin(rows["weights"])]
     pooling, counts = [], []
     for tower in TOWERS:
         part = rows[rows["tower"] == tower]
-        # A row between towers has the pooling of its first; the other's stands in rows of its own.
-        beside = scores[(scores["tower"] == tower) & (tower in set(rows["other_tower"]))]
-        pooled = part if len(part) else beside
+        related = tower in set(rows["other_tower"])
+        pooled = part if len(part) or not related else theirs[theirs["tower"] == tower]
         if len(pooled):
             pooling.append(f"{_names(pooled['pooling'])} ({tower})")
         if len(part):

@@ -971,6 +971,28 @@ def test_a_block_score_is_not_called_by_the_metric_that_it_scales(tmp_path: Path
     assert vision.rows[0][1] == "0.00"
 
 
+def test_what_the_choice_was_made_by_is_shown_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    scores = read_answer(run.folder).scores
+    opened = {}
+    for by, metric in {
+        "accuracy": "dataset_accuracy",
+        "metric:fisher_ratio": "fisher_ratio",
+    }.items():
+        select(scores, "budget", score=by, resamples=20).save(run.choice)
+        page = write_report(run.folder, formats=["svg"]).read_text()
+        depth = page[page.index("Along depth</h3>") :]
+        opened[by] = re.sub("<[^>]+>", "", depth[: depth.index("<figure")])
+        shown = re.search(r'<option value="(\w+)"', depth)
+        assert shown is not None and shown[1] == metric
+        first = next(iter(plans(read_answer(run.folder))))
+        assert first.name == f"curves-{metric.replace('_', '-')}"
+    assert "Dataset accuracy (linear probe). Vision:" in opened["accuracy"]
+    assert "Why telling datasets apart" in opened["accuracy"]
+    assert "Fisher ratio tr S_b / tr S_w. Vision:" in opened["metric:fisher_ratio"]
+    assert "Why telling datasets apart" not in opened["metric:fisher_ratio"]
+
+
 def test_numbers_of_a_column_have_the_same_decimals() -> None:
     rows = [["a", 0.55, 1.0, 3], ["b", 0.012345, None, 4], ["c", float("nan"), 250.0, 5]]
     table = tabular("Mixed", ["Name", "Share", "Width", "Count"], rows)

@@ -860,6 +860,9 @@ def test_a_caption_between_towers_names_how_both_pool(scores: pd.DataFrame) -> N
     assert "pooling cls (vision) and eot (text); n" in how_made(scores, "centroid_gap")
     gaps = scores[scores["metric"] == "centroid_gap"]
     assert "pooling cls (vision); n" in how_made(gaps, "centroid_gap")  # nothing tells the other's
+    other = scores.assign(model="another", pooling="mean")
+    told = how_made(gaps, "centroid_gap", beside=pd.concat([scores, other]))
+    assert "pooling cls (vision) and eot (text); n" in told
 
 
 def test_classes_that_class_metrics_leave_out_are_told(caplog: pytest.LogCaptureFixture) -> None:
