@@ -20,7 +20,6 @@ from vlmadapters.cli.inputs import (
     read_placements,
     read_recipes,
 )
-from vlmadapters.data.fewshot import SPLIT_KINDS
 from vlmadapters.data.options import DataOptions
 from vlmadapters.methods import METHODS
 from vlmadapters.protocols.options import TrainOptions
@@ -202,6 +201,8 @@ def evaluate(
     data_root: DataRoot = None,
 ) -> None:
     """Test zero-shot CLIP and trained adapters on datasets."""
+    from vlmadapters.data.fewshot import SPLIT_KINDS
+
     files = [Path(one) for one in adapter or ()]
     given = _unstored(files, method, scale, settings or [])
     if method is not None:
