@@ -70,3 +70,19 @@ def test_the_outcome_is_what_the_recorded_cells_say(
     folder = SCRIPT.parent
     said = script["report"](folder / "results" / f"{table}.csv", method)
     assert said in (folder / "registered_search.md").read_text("utf-8")
+
+
+def test_the_readme_shows_what_the_recorded_cells_say(script: dict) -> None:
+    readme = (SCRIPT.parents[1] / "README.md").read_text("utf-8").replace("*", "").replace("−", "-")
+
+    def cell(row: pd.Series) -> str:
+        points = f"{row['difference']:+.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+        return points + ", claimed" * bool(row["survives"])
+
+    for table, together in (("registered_search", True), ("registered_search_taught", False)):
+        cells = pd.read_csv(SCRIPT.parent / "results" / f"{table}.csv")
+        families = [cells] if together else [part for _, part in cells.groupby("method")]
+        for found in map(script["analyse"], families):
+            for _, rows in found.set_index("against").groupby("method"):
+                said = rows.apply(cell, axis=1)
+                assert f"| {said['published placement']} | {said['zero-shot CLIP']} |" in readme
