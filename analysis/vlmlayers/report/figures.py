@@ -30,6 +30,7 @@ from vlmlayers.scores.summaries import (
     metrics_by_shape,
     over_datasets,
 )
+from vlmlayers.words import counted
 
 MIME = {"svg": "image/svg+xml", "png": "image/png", "pdf": "application/pdf", "csv": "text/csv"}
 CURVES = (
@@ -251,7 +252,12 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
             lambda: frame,
         )
     if len(validation.predicted) and len(validation.correlations):
-        best = str(validation.correlations.iloc[0]["score"])
+        first, several = validation.correlations.iloc[0], len(validation.correlations) > 1
+        best = str(first["score"])
+        picked = (
+            f"Of {counted(len(validation.correlations), 'score')} the one with the largest "
+            f"Kendall's τ, {first['tau']:z.2f}, which flatters it. "
+        )
         values = validation.predicted[validation.predicted["score"] == best]
         merged = frame.merge(values[["placement", "predicted"]], on="placement").rename(
             columns={"predicted": best}
@@ -260,7 +266,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
             yield Plan(
                 "predicted-trained",
                 f"Placement score {best} against the trained harmonic mean, {_source(answer)}. "
-                f"One point per placement.{lines}{warning}",
+                f"{picked if several else ''}One point per placement.{lines}{warning}",
                 lambda: mark_random(
                     drop_overlapping_texts(plots.predicted_vs_trained(merged, best)),
                     answer.random_weights,

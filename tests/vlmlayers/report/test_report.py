@@ -789,6 +789,15 @@ def test_a_caption_of_agreement_counts_the_pairs_that_are_drawn(tmp_path: Path) 
     assert "n = 300 (vision)" in plan.caption and "items" not in plan.caption.partition("How")[2]
 
 
+def test_the_score_that_a_figure_shows_is_said_to_be_the_best_of_several(validated: Run) -> None:
+    correlations = pd.read_csv(validated.folder / "validation_correlations.csv")
+    captions = {plan.name: plan.caption for plan in plans(read_answer(validated.folder))}
+    assert len(correlations) > 1
+    said = f"Of {len(correlations)} scores the one with the largest Kendall's τ, 0.50, which"
+    assert said in captions["predicted-trained"]
+    assert "the first looks best because it was looked for" in validated.report.read_text()
+
+
 def test_captions_of_trainings_promise_no_mark_that_is_not_drawn(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", validated=True)
     for ends in (True, False):
