@@ -75,6 +75,8 @@ def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) ->
             )
     if options.get("target_modules") is not None:
         layers = _wanted(layers, options["target_modules"])
+    # LoRA trains no norm, in the chosen blocks neither.
+    _tell_averaging("to_peft", module, [])
     names = module_names(model, placement)
     pattern = "|".join(module_pattern(names[tower], layers[tower]) for tower in chosen)
     try:
@@ -93,7 +95,7 @@ def freeze(model: Any, placement: Placement) -> dict[str, int]:
         for block in blocks:
             block.requires_grad_(True)
             count[tower] += sum(weight.numel() for weight in block.parameters())
-    _tell_averaging(module, [block for blocks in chosen.values() for block in blocks])
+    _tell_averaging("freeze", module, [block for blocks in chosen.values() for block in blocks])
     return count
 
 
@@ -124,17 +126,18 @@ def parameter_groups(
     return groups
 
 
-def _tell_averaging(module: nn.Module, chosen: Sequence[nn.Module]) -> None:
-    """Warn of batch norms outside the chosen blocks: running averages are no parameters."""
-    inside = {id(part) for block in chosen for part in block.modules()}
+def _tell_averaging(by: str, module: nn.Module, trained: Sequence[nn.Module]) -> None:
+    """Warn of batch norms outside what is trained: running averages are no parameters."""
+    inside = {id(part) for block in trained for part in block.modules()}
     if names := [
         name
         for name, part in module.named_modules()
         if isinstance(part, _BatchNorm) and part.track_running_stats and id(part) not in inside
     ]:
         LOG.warning(
-            "freeze: %s outside the chosen blocks, such as %s, would go on averaging in training "
-            "mode; call .eval() on them after .train() of the model",
+            "%s: %s outside what is trained, such as %s, would go on averaging in training mode; "
+            "call .eval() on them after .train() of the model",
+            by,
             counted(len(names), "batch norm"),
             names[0],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 
 import peft
 import pytest
@@ -197,6 +198,10 @@ def test_batch_norms_that_go_on_averaging_are_told(caplog: pytest.LogCaptureFixt
     moved = {n for n, value in clip.named_buffers() if not torch.equal(value, before[n])}
     outside = {n.rpartition(".")[0] for n in moved if not n.startswith("visual.layer2.")}
     assert len(outside) == told
+    caplog.clear()
+    if find_spec("peft"):
+        vl.LayerChoice((), (2,), "own").to_peft(clip, r=2)
+        assert f"to_peft: {len({n.rpartition('.')[0] for n in moved})} batch norms" in caplog.text
     caplog.clear()
     CHOICE.freeze(tiny.build("clip"))
     assert not caplog.messages
