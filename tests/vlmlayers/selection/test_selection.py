@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from score_tables import curve_rows, full, pair_rows, planted, row, step, table
 
 from vlmlayers import plots
@@ -26,7 +27,7 @@ from vlmlayers.selection import (
     select,
 )
 from vlmlayers.selection.curves import BlockTable, agreement_curve, normalise
-from vlmlayers.selection.rules import Pick
+from vlmlayers.selection.rules import Pick, _range_quantile
 from vlmlayers.selection.stability import doubts, stability
 from vlmlayers.study.stages import _rule_mark
 
@@ -871,6 +872,12 @@ def test_noise_is_told_by_the_published_point_of_the_studentized_range(
     choice = select(table(rows), "knee", metric="class_accuracy", resamples=0)
     notes = choice.evidence["towers"]["vision"]["notes"]
     assert any("varies by" in note for note in notes) is doubted
+
+
+@pytest.mark.parametrize("blocks", [2, 12, 48])
+def test_the_range_of_noise_is_scipys(blocks: int) -> None:
+    known = scipy.stats.studentized_range.ppf(0.95, blocks, np.inf)
+    assert _range_quantile(blocks) == pytest.approx(known, rel=1e-8)
 
 
 def test_a_block_exactly_at_its_threshold_passes() -> None:
