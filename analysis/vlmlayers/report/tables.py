@@ -16,6 +16,7 @@ from vlmlayers.plots.saving import slug
 from vlmlayers.report.numbers import Answer, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.validation import RecordedValidation
+from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.summaries import metrics_by_shape
 from vlmlayers.selection import PLACEMENT_SCORES
 from vlmlayers.words import counted, inside, percent
@@ -120,9 +121,12 @@ def position_table(answer: Answer) -> Table:
     shown = metrics_by_shape(answer.scores)["curve"]
     for metric in shown:
         frame = answer.curves(metric)
+        pooled = frame[frame["dataset"] == POOLED]
+        # Of the whole column, as `overview` reads it: the closest pairs of single datasets lie
+        # elsewhere than that of all, and would stand in one column with it.
+        frame = pooled if len(pooled) else frame
         for (tower, position), part in frame.groupby(["tower", "position"], sort=False):
-            pooled = part[part["dataset"] == "*"]
-            value = (pooled if len(pooled) else part)["value"].mean()
+            value = part["value"].mean()
             rows.setdefault((str(tower), str(position)), {})[metric] = float(value)
     headings = ["Position", *(metric_entry(name)["label"] for name in shown)]
     return tabular(

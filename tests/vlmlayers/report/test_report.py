@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from run_folders import make_run
-from score_tables import DATASETS, curve_rows, pair_rows, step, table
+from score_tables import DATASETS, curve_rows, pair_rows, row, step, table
 
 from vlmlayers.errors import UserError
 from vlmlayers.files import read_json, write_json
@@ -1000,6 +1000,20 @@ def test_what_the_choice_was_made_by_is_shown_first(tmp_path: Path) -> None:
     assert "Why telling datasets apart" in opened["accuracy"]
     assert "Fisher ratio tr S_b / tr S_w. Vision:" in opened["metric:fisher_ratio"]
     assert "Why telling datasets apart" not in opened["metric:fisher_ratio"]
+
+
+def test_a_column_of_all_datasets_has_no_place_of_a_single_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+    of_all, of_one = (
+        row("mutual_knn_max", "vision", place, 12, value, dataset=dataset, other_tower="text",
+            other_position="12")
+        for dataset, place, value in (("*", "proj", 0.7), (DATASETS[0], "12", 0.6))
+    )  # fmt: skip
+    write_scores(pd.concat([scores, table([of_all, of_one])]), run.folder)
+    found = answer_tables(read_answer(run.folder))[-1]
+    assert found.headings[-1].endswith("closest pair, calibrated as a maximum")
+    assert [line for line in found.rows if line[-1] != "–"] == [("vision proj", "0.900", "0.7")]
 
 
 def test_numbers_of_a_column_have_the_same_decimals() -> None:
