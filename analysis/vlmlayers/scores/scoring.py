@@ -241,7 +241,9 @@ class Collector:
         """Return the score table of all that was added."""
         cost = {name: round(seconds, 4) for name, seconds in self.cost.items()}
         protocol = options.model_dump(mode="json")
-        return score_frame(self.rows, cost=cost, refused=self.refused, protocol=protocol)
+        made = score_frame(self.rows, cost=cost, refused=self.refused, protocol=protocol)
+        # Features with two poolings of one tower hold the other tower twice, and so do its rows.
+        return made.drop_duplicates(ignore_index=True)
 
     @contextmanager
     def timed(self, metric: str) -> Iterator[None]:

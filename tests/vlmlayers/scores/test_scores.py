@@ -45,7 +45,7 @@ from vlmlayers.scores.gaps import match
 from vlmlayers.scores.options import Draw, generator
 from vlmlayers.scores.parts import balanced_rows, deal, shots_and_queries
 from vlmlayers.scores.projection import project
-from vlmlayers.scores.reading import ceiling
+from vlmlayers.scores.reading import ceiling, check_scores
 from vlmlayers.scores.readouts import (
     Split,
     _ceiling,
@@ -464,6 +464,22 @@ def test_a_matrix_is_of_one_split_and_pooling_not_their_mean() -> None:
     table, alone = (score(given, ["cka_debiased"], **asked) for given in (features, one))
     found, expected = (score_matrix(t, "cka_debiased", dataset="alpha") for t in (table, alone))
     pd.testing.assert_frame_equal(found, expected)
+
+
+def test_a_tower_that_two_poolings_of_the_other_share_is_scored_once() -> None:
+    one, second = make_features("alpha"), make_features("beta", seed=1)
+    pooled = [
+        replace(each, vision=replace(each.vision, pooling="mean"))
+        for each in (one, second)
+        if each.vision is not None
+    ]
+    asked = {"metrics": ["effective_rank", "cka_debiased"], "permutations": 2}
+    table, alone = (score(given, **asked) for given in ([one, second, *pooled], [one, second]))
+    text, expected = (each[each["tower"] == "text"] for each in (table, alone))
+    pd.testing.assert_frame_equal(text.reset_index(drop=True), expected.reset_index(drop=True))
+    assert set(table["pooling"]) == {*alone["pooling"], "mean"}
+    assert table.attrs["protocol"] == alone.attrs["protocol"]
+    check_scores(table)
 
 
 def test_the_gap_is_that_of_the_plain_function(scores: pd.DataFrame) -> None:
