@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from score_tables import DATASETS, curve_rows, full, pair_rows, planted, step, table
+from score_tables import DATASETS, curve_rows, full, pair_rows, planted, row, step, table
 
 from vlmlayers import plots
 from vlmlayers.errors import UserError
@@ -403,6 +403,17 @@ def test_summaries_know_shapes_and_datasets() -> None:
     cells = agreement(scores, dataset=DATASETS[1])
     assert len(cells) == 144 and list(cells.iloc[12])[:2] == ["2", "1"]
     assert slug("A/b <c>") == "a-b-c"
+
+
+def test_the_closest_pairs_of_two_splits_or_poolings_are_no_matrix() -> None:
+    found = {"other_tower": "text", "dataset": "digits"}
+    for column, two in (("split", ("train", "val")), ("pooling", ("cls", "mean"))):
+        pairs = [
+            row("mutual_knn_max", "vision", "12", 12, 0.5, **found, **{column: one},
+                other_position=place)
+            for one, place in zip(two, ("11", "12"))
+        ]  # fmt: skip
+        assert metrics_by_shape(table(pairs)) == {"curve": ["mutual_knn_max"], "matrix": []}
 
 
 @pytest.mark.parametrize(
