@@ -91,9 +91,14 @@ class Run:
         """Return the folders of features.
 
         Raises:
-            UserError: There is none.
+            UserError: There is none, or one is not finished.
         """
         found = sorted(path for path in self.features.glob("*") if path.is_dir())
+        if unfinished := [path for path in found if path.suffix == ".partial"]:
+            raise UserError(
+                f"{unfinished[0]} is not finished; start its extraction again, or delete that "
+                "folder to go on without its dataset"
+            )
         if not found:
             streamed = self.read_provenance().get("extract", {}).get("streaming")
             raise UserError(

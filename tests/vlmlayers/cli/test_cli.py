@@ -302,6 +302,13 @@ def test_scores_of_an_earlier_extraction_are_told(
     assert told not in caplog.text and not read_answer(out).stale
 
 
+def test_score_names_an_unfinished_extraction(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """As of a dataset with an unreadable image; its folder looks like one of features."""
+    (tmp_path / "features" / "mine-train.partial").mkdir(parents=True)
+    code, _, err = call("score", tmp_path)
+    assert code == 2 and "mine-train.partial is not finished; start its extraction again" in err
+
+
 def test_a_forced_stream_replaces_the_sums_of_another(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     model, out = tiny_clip(tmp_path / "tiny-clip"), tmp_path / "run"
     vl.models.stream(
