@@ -118,6 +118,8 @@ def test_curves_follow_metric_dataset_and_towers(tab: Tab, pages: dict[str, Path
     change(tab, "curves", "text", False)
     assert tab.run(both) == 1
     change(tab, "curves", "metric", "class_accuracy")
+    about = tab.run("document.querySelector('figure[data-chart=curves] .about').textContent")
+    assert ". Mean over datasets. Bands: " in about
     change(tab, "curves", "dataset", "<b>signs</b>")
     rows = tab.run(
         "[...document.querySelectorAll('figure[data-chart=curves] tbody tr')]"

@@ -460,7 +460,7 @@
       const fits = pooled ? towers.filter((t) => DATA.fits?.[t]?.[metric]) : [];
       for (const tower of fits) series.push({ name: `${title(tower)}, fitted`, colour: TOWER[tower], dash: "6 4", bare: true,
         points: DATA.fits[tower][metric].map((value, b) => ({ x: axis.x(tower, String(b + 1)), label: `${title(tower)} block ${b + 1}`, value, low: null, high: null })) });
-      caption(figure, `${DATA.metrics[metric].caption} ${c.dataset.value === "*" ? title(datasetLabel("*")) : c.dataset.value}. Bands: 95 % interval over items and seeds; of a mean over datasets the mean of theirs. Under the axis: the chosen blocks, open ones pale.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
+      caption(figure, `${DATA.metrics[metric].caption} ${pooled ? title(datasetLabel(c.dataset.value)) : c.dataset.value}. Bands: 95 % interval over items and seeds; of a mean over datasets the mean of theirs. Under the axis: the chosen blocks, open ones pale.${fits.length ? " Dashed: the two joined lines of the rule, whose joint is the first chosen block." : ""}`);
       if (!series.length) { plot.querySelectorAll("svg").forEach((s) => s.remove()); table(figure, ["nothing to show"], []); return; }
       const most = DATA.metrics[metric].ceiling || {};
       const levels = towers.filter((t) => pooled && most[t] < 1).map((t) => ({ value: most[t], colour: TOWER[t], label: `most possible, ${t}` }));
