@@ -60,14 +60,10 @@ def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) ->
         )
     module = _module(model)
     chosen = {tower: blocks for tower, blocks in _chosen(module, placement).items() if blocks}
+    _refuse_lora(chosen)
     linear = bool(options.get("use_dora"))  # peft has no DoRA of fused attention
     layers = {tower: layers_of(blocks, linear) for tower, blocks in chosen.items()}
     for tower, inside in layers.items():
-        if any("lora_A" in name.split(".") for name in inside):
-            raise UserError(
-                f"the chosen {tower} blocks have LoRA already; load the model afresh, or take it "
-                "out by peft_model.unload()"
-            )
         if not inside:
             raise UserError(
                 f"the chosen {tower} blocks hold no linear layer and no attention, which LoRA acts "
@@ -89,6 +85,9 @@ def freeze(model: Any, placement: Placement) -> dict[str, int]:
     """Leave the chosen blocks alone trainable; see `LayerChoice.freeze`."""
     module = _module(model)
     chosen = _chosen(module, placement)
+    # It would train what is under LoRA as well, and peft replaces that of fused attention by new
+    # parameters whenever the model is looked through: an optimiser would keep the old ones.
+    _refuse_lora(chosen)
     module.requires_grad_(False)
     count = dict.fromkeys(chosen, 0)
     for tower, blocks in chosen.items():
@@ -124,6 +123,15 @@ def parameter_groups(
         )
     _tell_ungrouped(module, groups)
     return groups
+
+
+def _refuse_lora(chosen: Mapping[str, Sequence[nn.Module]]) -> None:
+    for tower, blocks in chosen.items():
+        if any("lora_A" in n.split(".") for block in blocks for n, _ in block.named_modules()):
+            raise UserError(
+                f"the chosen {tower} blocks have LoRA already, which is what trains in them; load "
+                "the model afresh, or take it out by peft_model.unload()"
+            )
 
 
 def _tell_averaging(by: str, module: nn.Module, trained: Sequence[nn.Module]) -> None:

@@ -161,8 +161,8 @@ class LayerChoice:
             Trainable parameters by tower.
 
         Raises:
-            UserError: No block is chosen, which would freeze the whole model, or what
-                `module_names` raises.
+            UserError: No block is chosen, which would freeze the whole model, those chosen have
+                LoRA, or what `module_names` raises.
         """
         from vlmlayers.models import handover
 

@@ -86,8 +86,12 @@ def test_blocks_that_lora_cannot_act_on_or_has_already_are_refused():
     assert vl.LayerChoice((), (1,), "own").to_peft(clip, r=2)
     clip = tiny.build("clip")
     peft.get_peft_model(clip, CHOICE.to_peft(clip, r=2))
-    with pytest.raises(vl.UserError, match="the chosen vision blocks have LoRA already; load the"):
+    with pytest.raises(vl.UserError, match="the chosen vision blocks have LoRA already, which is"):
         CHOICE.to_peft(clip, r=2)
+    trained = {n for n, w in clip.named_parameters() if w.requires_grad}
+    with pytest.raises(vl.UserError, match="the chosen vision blocks have LoRA already, which is"):
+        CHOICE.freeze(clip)
+    assert {n for n, w in clip.named_parameters() if w.requires_grad} == trained
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.5])
