@@ -145,6 +145,8 @@ def test_umap_is_refused_in_one_line_where_it_is_not_there(monkeypatch: pytest.M
     ("call", "message"),
     [
         (lambda f: vl.plots.scatter(f, 9, space="joint"), "unknown position '9'"),
+        # Who counts from 0 is not sent to block 10.
+        (lambda f: vl.plots.scatter(f, 0, space="joint"), "position '0' .*; valid: embed, 1"),
         (lambda f: vl.plots.scatter(f, 1), "unknown space 'native'"),
         (lambda f: vl.plots.scatter(f, 1, method="pcca"), "method"),
         (lambda f: vl.plots.scatter([], 1), "one model, not 0"),
