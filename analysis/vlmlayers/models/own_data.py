@@ -322,6 +322,11 @@ def _image_folder(data: Any) -> _Held:
 def _hugging_face(data: Any) -> _Held:
     if isinstance(data, Mapping):
         raise UserError(f"the data have splits; give one of them: {', '.join(map(str, data))}")
+    if not hasattr(data, "__len__"):
+        raise UserError(
+            "the data are streamed, and items are drawn by number; load them with streaming=False, "
+            "or give datasets.Dataset.from_list(list(data.take(1000)), features=data.features)"
+        )
     kinds = {key: type(kind).__name__ for key, kind in data.features.items()}
     pictures = [key for key, kind in kinds.items() if kind == "Image"]
     if not pictures:

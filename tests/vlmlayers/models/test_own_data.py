@@ -201,6 +201,11 @@ def test_of_several_columns_of_classes_the_one_named_label_counts():
         vl.extract(MODEL, unclear, **QUIET)
 
 
+def test_streamed_data_are_refused_in_one_line():
+    with pytest.raises(vl.UserError, match="load them with streaming=False, or give datasets.Data"):
+        vl.extract(MODEL, table().to_iterable_dataset(), **QUIET)
+
+
 def test_classes_with_one_prompt_are_named_where_prompts_are_made(caplog):
     beside = {"labels": LABELS, "class_names": ["Ant", "ant", "bee"], **QUIET}
     vl.extract(MODEL, list(PIXELS), texts=["an ant", "a soldier ant", "a bee"], **beside)
