@@ -409,6 +409,20 @@ def metric_names(scores: pd.DataFrame) -> list[str]:
     return list(scores["metric"].unique())
 
 
+def check_metric(scores: pd.DataFrame, metric: str) -> None:
+    """Refuse a metric that is not in the table: one that was not scored, or an unknown name."""
+    if metric in (names := metric_names(scores)):
+        return
+    # Late: the table of metrics brings scipy along, which drawing and reading do not need.
+    from vlmlayers.metrics.table import METRICS
+
+    if metric in METRICS:
+        raise UserError(
+            f"the score table has no {metric}: score it as well, or name one of {', '.join(names)}"
+        )
+    check_one_of("metric", metric, names, where="the score table")
+
+
 def has_curve(scores: pd.DataFrame, metric: str, tower: str) -> bool:
     """Return whether the metric has values of its own at the blocks of this tower.
 

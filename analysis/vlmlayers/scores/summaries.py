@@ -20,6 +20,7 @@ from vlmlayers.scores.reading import (
     by_dataset,
     ceiling,
     ceilings,
+    check_metric,
     check_scores,
     depths,
     metric_names,
@@ -121,7 +122,7 @@ def of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
         UserError: The table lacks the metric or columns, or holds several models or scorings.
     """
     if "metric" in scores.columns and len(scores):
-        check_one_of("metric", metric, metric_names(scores), where="the score table")
+        check_metric(scores, metric)
         scores = bare(scores)[scores["metric"] == metric]
     return check_scores(scores)
 

@@ -17,6 +17,7 @@ from vlmlayers.scores.reading import (
     Reading,
     bare,
     ceiling,
+    check_metric,
     has_curve,
     metric_names,
     other_tower,
@@ -208,10 +209,9 @@ class BlockTable:
 
     def check(self, metric: str) -> None:
         """Raise a UserError where the table has no such metric; says why, where that is known."""
-        names = self.metric_names()
-        if metric not in names and (why := self.reason(metric)):
+        if metric not in self.metric_names() and (why := self.reason(metric)):
             raise NoValues(f"{metric} was not computed: {why}")
-        check_one_of("metric", metric, names, where="the score table")
+        check_metric(self.scores, metric)
 
     def otherwise(self) -> str:
         """Return what else to choose by: the first metric with a value at every block."""
