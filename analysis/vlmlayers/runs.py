@@ -71,11 +71,17 @@ class Run:
         """
         run = cls(Path(folder))
         if not run.scores.exists() and not (run.folder / "scores.csv").exists():
+            advice = run.names_inside() or "make one with `vlmlayers study` or `vlmlayers score`"
             raise UserError(
                 f"{folder} is not a run folder: it holds no scores.parquet{looked_for(folder)}; "
-                "make one with `vlmlayers study` or `vlmlayers score`"
+                f"{advice}"
             )
         return run
+
+    def names_inside(self) -> str:
+        """Return, for a message, which runs lie in this folder, as of several models."""
+        inside = sorted(path.parent.name for path in self.folder.glob("*/provenance.json"))
+        return f"it holds the runs {', '.join(inside)}" if inside else ""
 
     def require_choice(self) -> None:
         """Refuse a run whose layers were not chosen yet.

@@ -109,9 +109,6 @@ def open_run(folder: str | Path) -> OpenedRun:
     parts = (run.features, run.scores, run.scores.with_suffix(".csv"), run.choice, run.validation)
     if not any(part.exists() for part in parts):
         state = "holds no features, scores or choice" if run.folder.is_dir() else "does not exist"
-        inside = sorted(path.parent.name for path in run.folder.glob("*/provenance.json"))
-        advice = (
-            f"it holds the runs {', '.join(inside)}" if inside else "`vlmlayers study` makes one"
-        )
+        advice = run.names_inside() or "`vlmlayers study` makes one"
         raise UserError(f"{run.folder.absolute()} {state}; name a run folder: {advice}")
     return OpenedRun(run)

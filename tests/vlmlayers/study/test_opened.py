@@ -31,5 +31,7 @@ def test_what_a_run_lacks_is_said(tmp_path):
         vl.open_run(tmp_path / "several" / "one").validation  # noqa: B018
     with pytest.raises(vl.UserError, match="name a run folder: it holds the runs one"):
         vl.open_run(tmp_path / "several")
+    with pytest.raises(vl.UserError, match="no scores.parquet; it holds the runs one"):
+        vl.write_report(tmp_path / "several")
     with pytest.raises(vl.UserError, match="nowhere does not exist; name a run folder"):
         vl.open_run(tmp_path / "nowhere")
