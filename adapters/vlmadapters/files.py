@@ -34,7 +34,6 @@ from vlmlayers.models.vlm import shared_structure
 LOG = logging.getLogger(__name__)
 OURS = ".safetensors"  # other names are the authors' layouts
 FORMAT = "vlmadapters-3"
-MMA_FORMAT = "vlmadapters-2"  # before there were other methods
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RuntimeError, RecursionError) as error:
         raise UserError(f"cannot read the adapter {path}: {one_line(error)}") from error
-    if not isinstance(info, dict) or info.get("format") not in (FORMAT, MMA_FORMAT):
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise UserError(
             f"{path} is not an adapter of this toolkit (its header does not say {FORMAT})"
         )
@@ -132,10 +131,6 @@ def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
         raise UserError(
             f"{path} is altered: its checksum differs; copy it again, or train it again"
         )
-    # Files of the time when MMA was the only method.
-    if info["format"] == MMA_FORMAT:
-        names = info["class_names"]
-        info |= {"method": "mma", "settings": info["adapter"], "task": {"class_names": names}}
     if info["method"] not in METHODS:
         # Never by a path in the file: a file of weights must not say which code is run.
         raise UserError(

@@ -264,7 +264,7 @@ def _no_place(backbone: Backbone) -> str:
     )
 
 
-def random_vectors(*shape: int, seed: int, std: float = 0.02) -> Tensor:
+def random_vectors(*shape: int, seed: int) -> Tensor:
     """Draw context from a normal distribution, by a generator of its own."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(shape).normal_(0, std, generator=generator)
+    return torch.empty(shape).normal_(0, 0.02, generator=generator)

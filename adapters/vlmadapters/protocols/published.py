@@ -56,15 +56,13 @@ def published_titles(
     return found
 
 
-def _table(protocol: str, folder: str | Path | None = None) -> pd.DataFrame:
+def _table(protocol: str) -> pd.DataFrame:
     from vlmlayers.figures.published import published
 
-    return published(protocol.replace("-", "_"), Path(folder or "figures/tables"))
+    return published(protocol.replace("-", "_"), Path("figures/tables"))
 
 
-def with_published(
-    summary: pd.DataFrame, titles: dict[str, str], folder: str | Path | None = None
-) -> pd.DataFrame:
+def with_published(summary: pd.DataFrame, titles: dict[str, str]) -> pd.DataFrame:
     """Return a summary with published numbers of the same datasets and protocol below ours.
 
     Of a transfer, one on the source stands only beside ours on what was trained on, and one on a
@@ -73,8 +71,6 @@ def with_published(
     Args:
         summary: From `summarise`.
         titles: Our dataset names to the published spelling, such as `caltech101` → `Caltech101`.
-        folder: Folder of `published_*.csv`; `figures/tables` where absent. Those that ship count
-            where it has none.
 
     Returns:
         The rows of the summary with a column `origin` (`ours` or `published`). Published values
@@ -85,7 +81,7 @@ def with_published(
     for protocol in dict.fromkeys(summary["protocol"]):
         if protocol not in COMPARED:
             continue
-        table, transfer = _table(protocol, folder), PROTOCOLS[protocol].transfer
+        table, transfer = _table(protocol), PROTOCOLS[protocol].transfer
         averaged = set(table["dataset"]) - {"average"} - ({SOURCE} if transfer else set())
         table = table[table["dataset"].isin(spelling)]
         ours = summary[summary["protocol"] == protocol]

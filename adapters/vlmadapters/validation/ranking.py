@@ -26,16 +26,14 @@ def rank_correlation(
     table: pd.DataFrame,
     predicted: pd.DataFrame,
     *,
-    outcome: str = "hm",
     draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return Kendall's τ-b between predicted placement scores and trained outcomes.
+    """Return Kendall's τ-b between predicted placement scores and trained harmonic means.
 
     Args:
         table: Validation table.
         predicted: Columns placement, score, predicted (from `selection.predict`).
-        outcome: `hm`, `base` or `novel`.
         draws: Bootstrap draws (datasets, then seeds) and permutations of the placements.
         seed: Seed of the private generator.
 
@@ -47,7 +45,7 @@ def rank_correlation(
         and is left out, and so is one that says nothing of some placement, such as text alone; of
         fewer than three placements all are, as any score ranks two as trained or in reverse.
     """
-    found = outcomes(table, outcome)
+    found = outcomes(table)
     left_out, resampled = found.means_left_out(), found.resampled_means(draws, seed)
     generator = np.random.default_rng(seed)
     # One set of permutations for all scores: their p values differ by the scores alone.
@@ -67,7 +65,7 @@ def rank_correlation(
         rows.append(
             {
                 "score": name,
-                "outcome": outcome,
+                "outcome": "hm",
                 "tau": tau,
                 "low": low,
                 "high": high,
@@ -135,11 +133,10 @@ def predictors(correlations: pd.DataFrame) -> str:
     firm = [row for row in judged if row["p_holm"] < SIGNIFICANCE]
     right = [row for row in firm if row["low"] > 0]
     wrong = [row for row in firm if row["high"] < 0]
-    outcome = {"hm": "harmonic mean"}.get(rows[0]["outcome"], f"{rows[0]['outcome']} accuracy")
     parts = [
         f"Of {counted(len(judged), 'score')} that read a measurement, {len(right) or 'none'} "
-        f"predicted the trained {outcome} (interval of Kendall's τ above 0, p below {SIGNIFICANCE} "
-        f"after Holm's correction){_named(right)}."
+        "predicted the trained harmonic mean (interval of Kendall's τ above 0, p below "
+        f"{SIGNIFICANCE} after Holm's correction){_named(right)}."
     ]
     if wrong:
         parts.append(f"{len(wrong)} ranked the placements in reverse{_named(wrong)}.")
@@ -163,11 +160,9 @@ def _named(rows: list[Mapping[Any, Any]]) -> str:
     return f": {names}" if rows else ""
 
 
-def predicted_outcomes(
-    predicted: pd.DataFrame, table: pd.DataFrame, outcome: str = "hm"
-) -> pd.DataFrame:
+def predicted_outcomes(predicted: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Return predicted scores with the trained outcome beside them, for the scatter plot."""
-    found = outcomes(table, outcome)
+    found = outcomes(table)
     trained: Mapping[str, float] = dict(zip(found.placements, found.means.tolist()))
     merged = predicted[predicted["placement"].isin(list(trained))].copy()
     merged["trained"] = [trained[name] for name in merged["placement"]]

@@ -306,26 +306,24 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
     )
 
 
-def cells_needed(
-    sd: float, difference: float = POINT, *, power: float = POWER, level: float = SIGNIFICANCE
-) -> int:
-    """Return how many pairs a two-sided paired t-test needs to detect a difference.
+def cells_needed(sd: float) -> int:
+    """Return how many pairs a two-sided paired t-test needs to detect a difference of `POINT`.
+
+    It detects one with probability `POWER`, and where there is none with `SIGNIFICANCE`.
 
     Args:
         sd: Standard deviation of the paired differences, above 0.
-        difference: Mean difference to be detected.
-        power: Probability of detecting it.
-        level: Probability of detecting one where there is none.
     """
 
     def shown(n: int) -> bool:
         # The other tail is left out: with a power of 80 % it adds next to nothing.
-        limit = stats.t.ppf(1 - level / 2, n - 1)
-        found = stats.nct.sf(limit, n - 1, math.sqrt(n) * difference / sd)
-        return bool(found >= power)
+        limit = stats.t.ppf(1 - SIGNIFICANCE / 2, n - 1)
+        found = stats.nct.sf(limit, n - 1, math.sqrt(n) * POINT / sd)
+        return bool(found >= POWER)
 
     # The normal approximation is slightly too low: counting up from it takes few steps.
-    rough = (stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)) ** 2 * (sd / difference) ** 2
+    quantiles = stats.norm.ppf(1 - SIGNIFICANCE / 2) + stats.norm.ppf(POWER)
+    rough = quantiles**2 * (sd / POINT) ** 2
     n = max(2, math.floor(rough))
     if n > MOST_CELLS:  # where t and normal are one
         return math.ceil(rough)

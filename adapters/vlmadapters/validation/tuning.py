@@ -41,7 +41,6 @@ def tune(
     settings: Sequence[Recipe],
     amounts: Sequence[Amount] | None = None,
     also: Amount | None = None,
-    criterion: str = "log_likelihood",
 ) -> Tuning:
     """Return each setting at the amount that does best on folds of training shots.
 
@@ -54,7 +53,6 @@ def tune(
         settings: Placements at the recipe's amount.
         amounts: Amounts to try beside it; multiples of it where None.
         also: One more, such as that of a search.
-        criterion: What decides, a name of `judge.CRITERIA`.
 
     Raises:
         Diverged: A placement at the recipe's amount.
@@ -65,13 +63,13 @@ def tune(
     for number in range(1, track.rounds + 1):
         track.run("tuning", settings, (one for rest in alive.values() for one in rest), number)
         for name, rivals in alive.items():
-            order = ranking(track.table, name, criterion)
+            order = ranking(track.table, name, "log_likelihood")
             kept = [one for one in rivals if label(one) not in track.diverged]
             kept.sort(key=lambda one: -order[label(one)])
             alive[name] = kept[: math.ceil(len(kept) / 2)]
     picked = []
     for own, (name, rivals) in zip(settings, alive.items()):
-        order = ranking(track.table, name, criterion)
+        order = ranking(track.table, name, "log_likelihood")
         picked.append(max([own, *rivals], key=lambda one: order[label(one)]))
     table = _over_amount(track, tried)
     return Tuning(tuple(picked), table, track.cost)

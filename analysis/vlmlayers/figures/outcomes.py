@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,37 +162,28 @@ def sweep(means: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([spans, rest], ignore_index=True).assign(label=labels, on_axis=on_axis)
 
 
-def predicted_means(
-    scores: pd.DataFrame, means: pd.DataFrame, names: Sequence[str] | None = None
-) -> pd.DataFrame:
-    """Return predicted quality beside trained HM, and Kendall's τ of each score.
+def predicted_means(scores: pd.DataFrame, means: pd.DataFrame) -> pd.DataFrame:
+    """Return predicted quality beside trained HM, and Kendall's τ between them.
+
+    By the default placement score, or the first that the table supports.
 
     Args:
         scores: Score table of one model.
         means: From `placement_means`, of the same model.
-        names: Placement scores; the default one, or the first the table supports, where None.
 
     Returns:
         The rows of `means` that a score says something of, with score, predicted, tau and its
         two-sided p by permutation of the placements (NaN where all are equal, predicted or trained)
-        and a short label, for each score; chosen and published placements first.
+        and a short label; chosen and published placements first.
     """
-    if names is None:
-        supported = [name for name in available_scores(scores) if name in PLACEMENT_SCORES]
-        names = [DEFAULT_SCORE if DEFAULT_SCORE in supported else supported[0]]
+    supported = [name for name in available_scores(scores) if name in PLACEMENT_SCORES]
+    score = DEFAULT_SCORE if DEFAULT_SCORE in supported else supported[0]
     placements = {name: Placement.parse(name) for name in means.placement}
-    predicted = predict(scores, placements, names)[["placement", "score", "predicted"]]
+    predicted = predict(scores, placements, [score])[["placement", "score", "predicted"]]
     joined = predicted.dropna(subset="predicted").merge(means, on="placement")
-    found = {
-        score: _tau(part.predicted.to_numpy(float), part.hm.to_numpy(float))
-        for score, part in joined.groupby("score")
-    }
+    tau, p = _tau(joined.predicted.to_numpy(float), joined.hm.to_numpy(float))
     joined = joined.sort_values(["chosen", "published", "start"], ascending=[False, False, True])
-    return joined.assign(
-        tau=joined.score.map({score: tau for score, (tau, _) in found.items()}),
-        p=joined.score.map({score: p for score, (_, p) in found.items()}),
-        short=[placements[name].label for name in joined.placement],
-    )
+    return joined.assign(tau=tau, p=p, short=[placements[one].label for one in joined.placement])
 
 
 def _tau(predicted: np.ndarray, trained: np.ndarray) -> tuple[float, float]:

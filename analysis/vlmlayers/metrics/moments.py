@@ -219,17 +219,10 @@ def _root(x: Array) -> Array:
     return np.asarray((vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T)
 
 
-def eigenvalues_from(x: Moments) -> Array:
-    """Return the eigenvalues of the centred scatter, descending, rounding noise removed.
-
-    Raises:
-        UserError: Constant features.
-    """
-    return directions_from(x)[0]
-
-
 def directions_from(x: Moments) -> tuple[Array, Array]:
-    """Return eigenvalues as `eigenvalues_from` does, and their directions, (width, direction).
+    """Return eigenvalues and directions, (width, direction), of the centred scatter.
+
+    Descending, and without those that are rounding noise.
 
     Raises:
         UserError: Constant features.

@@ -25,13 +25,12 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / FOREIGN_CONFIG).is_file()
 
 
-def load_folder(folder: Path, random_weights: bool, seed: int = 0) -> tuple[nn.Module, str]:
+def load_folder(folder: Path, random_weights: bool) -> tuple[nn.Module, str]:
     """Return the model of a folder, in eval mode, and the name of its file of weights.
 
     Args:
         folder: `config.json` and weights.
-        random_weights: Build it untrained; values depend on `seed` only.
-        seed: Seed of the values.
+        random_weights: Build it untrained, the same each time.
 
     Raises:
         UserError: Configuration, model or weights cannot be loaded, weights are missing, or it
@@ -41,7 +40,7 @@ def load_folder(folder: Path, random_weights: bool, seed: int = 0) -> tuple[nn.M
     weights = "random" if random_weights else find_weights(folder).name
     make = _timm if timms else _transformers
     try:
-        with seeded(seed), in_float32():
+        with seeded(0), in_float32():
             model = make(folder, random_weights)
     except UserError:
         raise

@@ -127,10 +127,10 @@ def of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
     return check_scores(scores)
 
 
-def refuse_empty(values: pd.Series, metric: str, where: str = "the score table") -> None:
+def refuse_empty(values: pd.Series, metric: str) -> None:
     """Raise a UserError where a metric has rows and no number in any of them."""
     if not np.isfinite(values.to_numpy(float)).any():
-        raise UserError(f"every value of {metric!r} in {where} is missing or infinite")
+        raise UserError(f"every value of {metric!r} in the score table is missing or infinite")
 
 
 def _bounds(metric: str) -> tuple[float, float]:

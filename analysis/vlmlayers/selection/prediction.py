@@ -33,8 +33,6 @@ def block_scores(
     scores: Scores,
     name: str,
     blocks: Mapping[str, Count] | None = None,
-    *,
-    partial: bool = False,
 ) -> dict[str, Array]:
     """Return a block score per tower, (block,), by its name or as `metric:NAME`.
 
@@ -42,13 +40,12 @@ def block_scores(
         scores: Score table of one model.
         name: Name of a block score.
         blocks: Depth by tower; read off the table where None.
-        partial: Whether a score that is defined on one tower only will do.
 
     Raises:
         UserError: The name is unknown or the table lacks a metric that it needs.
     """
     blocks = dict(blocks) if blocks is not None else depths(scores)
-    return score_blocks(BlockTable.of(scores, blocks), name, partial=partial)
+    return score_blocks(BlockTable.of(scores, blocks), name)
 
 
 def _mean_over(by_tower: Mapping[str, Array], placement: Blocks) -> float:

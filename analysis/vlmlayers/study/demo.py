@@ -43,7 +43,6 @@ def run_demo(
     *,
     random_weights: bool = False,
     force: bool = False,
-    progress: bool = True,
     echo: Callable[[str], None] = silent,
 ) -> list[str]:
     """Run the demo and return the lines that sum it up.
@@ -53,9 +52,7 @@ def run_demo(
     """
     study = demo_study(random_weights)
     source = demo_source(random_weights)
-    run = run_study(
-        study, out, base=FILE.parent, source=source, force=force, progress=progress, echo=echo
-    )[0]
+    run = run_study(study, out, base=FILE.parent, source=source, force=force, echo=echo)[0]
     return summary(run)
 
 

@@ -15,9 +15,7 @@ def estimate_study(
     study: Study,
     out: str | Path,
     *,
-    base: str | Path = ".",
     data_root: str | Path | None = None,
-    device: str | None = None,
 ) -> str:
     """Measure one batch per model and dataset; return time, disk and memory as text.
 
@@ -34,7 +32,7 @@ def estimate_study(
     root = None if data_root is None else Path(data_root)
 
     def context_of(part: ModelPart) -> StageContext:
-        return StageContext(Run(Path(out)), study, part, Path(base), root, device=device)
+        return StageContext(Run(Path(out)), study, part, Path(), root)
 
     contexts = [context_of(part) for part in study.models]
     check_before(contexts, ["extract"])

@@ -166,7 +166,7 @@ def test_what_single_datasets_add_is_recovered_of_unequal_seeds() -> None:
 
 def test_a_point_takes_the_cells_that_a_paired_test_takes() -> None:
     assert cells_needed(3.6) == pytest.approx(2 + (1.96 + 0.84) ** 2 * 3.6**2, abs=2)
-    assert cells_needed(1.0, 10.0) <= 3 and cells_needed(0.01) == 2
+    assert cells_needed(0.1) <= 3 and cells_needed(0.01) == 2
     n, generator = cells_needed(2.0), np.random.default_rng(0)
     drawn = generator.normal(1.0, 2.0, (4000, n))
     t = drawn.mean(1) / drawn.std(1, ddof=1) * math.sqrt(n)
