@@ -123,7 +123,6 @@ def curve_entries(answer: Answer, metrics: list[str]) -> list[dict[str, Any]]:
                         "dataset": dataset,
                         "tower": tower,
                         "space": space,
-                        "pooling": str(curve["pooling"].iloc[0]),
                         "points": [
                             [p, *rounded([v, low, high, null]), int(n), int(seeds)]
                             for p, v, low, high, null, n, seeds in zip(
