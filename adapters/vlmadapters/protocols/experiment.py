@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import chain, product
 from pathlib import Path
 from shutil import rmtree
@@ -25,11 +25,11 @@ from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import Task, TaskData
 from vlmadapters.device import own_modes
 from vlmadapters.files import save_method
-from vlmadapters.methods import own_code
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.protocols.cells import ADAPTERS, Cell, CellFolder, Like, Rows
+from vlmadapters.protocols.cells import ADAPTERS, Cell, CellFolder, Rows
 from vlmadapters.protocols.datasets import Datasets
 from vlmadapters.protocols.evaluate import Case, Evaluator
+from vlmadapters.protocols.identities import Identities
 from vlmadapters.protocols.results import (
     COLUMNS,
     KEY,
@@ -38,7 +38,7 @@ from vlmadapters.protocols.results import (
     method_fields,
 )
 from vlmadapters.protocols.table import protocol_of
-from vlmadapters.protocols.trained import Target, result_row
+from vlmadapters.protocols.trained import result_row
 from vlmadapters.protocols.zero_shot import ZeroShot
 from vlmadapters.training import processes
 from vlmadapters.training.recipes import Recipe, TrainConfig
@@ -111,12 +111,12 @@ class Experiment:
             model, self.backbone, precision=self.train.precision, progress=progress
         )
         self.datasets = Datasets(self.protocol, model, targets, root, split, options)
-        # Once: every cell asks for it, several times, and looking at all weights takes a while.
-        self._model_identity = model.identity()
+        self.identities = Identities(
+            model, self.datasets, self.train.template, self.evaluator.precision, options
+        )
         self._zero_shot = ZeroShot(self.protocol.name, self.evaluator, self.train.template)
         self._next: tuple[str, int] | None = None  # what comes then, whose images are decoded early
-        self._marks: dict[tuple[str, str], str] = {}  # of the tokens of tested classes
-        self._unmoved: set[str] = set()  # methods that changed nothing, as was said
+        self._said: set[str] = set()  # methods that changed nothing
         self._differing: set[str] = set()  # what differs from zero-shot CLIP's, as was said
 
     @own_modes()
@@ -143,25 +143,44 @@ class Experiment:
             UserError: `together` is below 1, two datasets have one name, or one cannot be trained
                 or tested on.
         """
-        # All that can be wrong is looked for before the first training: an error in the last
-        # dataset would otherwise show after hours.
         asked = list(self.recipes.values() if settings is None else settings)
         recipes = [self._recipe_of(one) for one in asked]
         sources = list(dict.fromkeys(self.datasets.add(one).manifest.name for one in datasets))
         seeds = list(seeds)
         if together < 1:
             raise UserError(f"together is {together}; train at least 1 placement at a time")
+        self._check(sources, recipes)
+        found = self._all_cells(sources, seeds, recipes, together)
+        first = processes.is_first()
+        if self.save_adapters and first:
+            finished = [self.identities.cell(*one) for one in product(sources, seeds, recipes)]
+            self.cells.tell_unsaved(finished)
+        rows = [row for source in sources for row in self._zero_shot_rows(source)]
+        rows += [row for pair in product(sources, seeds) for row in found.get(pair) or []]
+        if self.out is not None and self.table is not None and first and rows:
+            like = [self.identities.like(*pair) for pair in product(sources, recipes)]
+            write_csv(self.out / self.table, _table(rows + self.cells.alike(like)))
+        return _table(rows)
+
+    def _check(self, sources: Sequence[str], recipes: Sequence[Recipe]) -> None:
+        """Look for all that can be wrong, and note what the data are.
+
+        Before the first training: an error in the last dataset would otherwise show after hours.
+        """
         self._check_configs(recipes, sources)
         self._tell_differing(recipes, sources)
         self.datasets.check(sources)
         for pair in {pair: None for one in sources for pair in self.datasets.read(one)}:
             self.cells.see(*pair, self.datasets.identity(*pair), self.datasets[pair[0]].drawn_by)
-        first = processes.is_first()
+
+    def _all_cells(
+        self, sources: Sequence[str], seeds: Sequence[int], recipes: Sequence[Recipe], together: int
+    ) -> dict[tuple[str, int], Rows | None]:
+        """Return the rows of all cells by source and seed: read, trained here, or waited for."""
         total = len(sources) * len(seeds) * len(recipes)
-        with bar(
-            description="cells", total=total, unit="cell", show=self.progress and first
-        ) as shown:
-            found: dict[tuple[str, int], Rows | None] = {}
+        show = self.progress and processes.is_first()
+        found: dict[tuple[str, int], Rows | None] = {}
+        with bar(description="cells", total=total, unit="cell", show=show) as shown:
             for source, seed in self._in_turn(sources, seeds, recipes, found):
                 wait = (source, seed) in found
                 found[source, seed] = self._cells(source, seed, recipes, together, shown, wait=wait)
@@ -178,20 +197,7 @@ class Experiment:
                     found[source, seed] = self._cells(
                         source, seed, recipes, together, shown, wait=True
                     )
-        if self.save_adapters and first:
-            finished = [self._cell(*one) for one in product(sources, seeds, recipes)]
-            self.cells.tell_unsaved(finished)
-        rows = [row for source in sources for row in self._zero_shot_rows(source)]
-        rows += [row for pair in product(sources, seeds) for row in found.get(pair) or []]
-        table = _table(rows)
-        if self.out is not None and self.table is not None and first and rows:
-            # Any seed will do: cells of all seeds belong in the table.
-            like = [
-                Like(self._cell(source, 0, one).identity, title(one), one.amount)
-                for source, one in product(sources, recipes)
-            ]
-            write_csv(self.out / self.table, _table(rows + self.cells.alike(like)))
-        return table
+        return found
 
     def _in_turn(
         self,
@@ -209,7 +215,7 @@ class Experiment:
         """
 
         def cells(pairs: Iterable[tuple[str, int]]) -> list[Cell]:
-            return [self._cell(*pair, one) for pair, one in product(pairs, settings)]
+            return [self.identities.cell(*pair, one) for pair, one in product(pairs, settings)]
 
         def untrained(pair: tuple[str, int]) -> bool:
             missing = any(self.cells.read(cell) is None for cell in cells([pair]))
@@ -265,7 +271,7 @@ class Experiment:
                     f"{config.name} as set here learns something of each class and cannot be "
                     f"tested on others; use the protocol few-shot, not {self.protocol.name}"
                 )
-            train = self._train_of(recipe, source)
+            train = self.identities.train_of(recipe, source)
             # The trainer refuses it too, but only after the datasets before it were trained.
             short = not train.steps_per_shot and train.epochs <= train.warmup_epochs
             if config.in_steps and short:
@@ -284,7 +290,7 @@ class Experiment:
         ):
             first = getattr(self.train, key)
             for recipe, source in product(recipes, sources):
-                own = getattr(self._train_of(recipe, source), key)
+                own = getattr(self.identities.train_of(recipe, source), key)
                 if own != first and key not in self._differing:
                     self._differing.add(key)
                     LOG.log(
@@ -306,7 +312,7 @@ class Experiment:
 
         With `wait` their cells are waited for, and trained here where those processes died.
         """
-        cells = {one: self._cell(source, seed, one) for one in settings}
+        cells = {one: self.identities.cell(source, seed, one) for one in settings}
         done = {one: self.cells.read(cell) for one, cell in cells.items()}
         if not wait:
             # On the second visit they have been counted.
@@ -340,7 +346,8 @@ class Experiment:
     def _trains_with(self, first: Recipe, other: Recipe, source: str) -> bool:
         """Whether two settings can train side by side: one method, by the same values."""
         same = first.method.name == other.method.name
-        return same and self._train_of(first, source) == self._train_of(other, source)
+        one, another = (self.identities.train_of(each, source) for each in (first, other))
+        return same and one == another
 
     def train_and_test(self, source: str, seed: int, settings: Sequence[Recipe]) -> list[Rows]:
         """Train settings of one method side by side and test them; return the rows of each.
@@ -355,17 +362,17 @@ class Experiment:
         """
         data = self.datasets[source]
         kind = self.protocol.train_kind
-        train = self._train_of(settings[0], source)
+        train = self.identities.train_of(settings[0], source)
         task = data.task(kind, train.template)
         shots = data.shots(train.shots, seed, kind)
         then = []
         if self._next is not None:
-            shots_then = self._train_of(settings[0], self._next[0]).shots
+            shots_then = self.identities.train_of(settings[0], self._next[0]).shots
             then = [self.datasets.images(*self._next, shots_then)]
         # Beside the training, which leaves a machine with a GPU its cores.
         tested = self.datasets.own_test(source)
         with data.images.arriving(as_first_seen(shots, seed), tested, then=then):
-            folder = self.cells.begin([self._cell(source, seed, one) for one in settings])
+            folder = self.cells.begin([self.identities.cell(source, seed, one) for one in settings])
             trainer = Trainer(
                 self.model,
                 data.images,
@@ -374,7 +381,7 @@ class Experiment:
                 [one.method_for(data.origin) for one in settings],
                 train,
                 seed,
-                validation=data.validation(train.shots, seed, kind) if self._fits else (),
+                validation=data.validation(train.shots, seed, kind) if self.identities.fits else (),
                 backbone=self.backbone,
                 folder=folder,
                 progress=self.progress,
@@ -390,7 +397,7 @@ class Experiment:
                 raise
         if self.save_adapters and self.out is not None and processes.is_first():
             for one, result in zip(settings, trained):
-                cell = self._cell(source, seed, one)
+                cell = self.identities.cell(source, seed, one)
                 save_method(
                     self.out / ADAPTERS / cell.key,
                     result.method,
@@ -446,101 +453,35 @@ class Experiment:
         for index, result in enumerate(trained):
             # By predictions, not accuracy: changes both ways may leave accuracy as it was.
             share = float(differing[index].min() / max(total, 1))
-            in_steps = any(group["params"] for group in result.method.parameter_groups())
-            note = UNMOVED if in_steps else UNMOVED_FIT
-            note = note if share < EFFECT else ""
-            # A fold has too few items to tell by their classes: its log-likelihood does.
-            if note and self.datasets[source].share == 1:
-                self._say_unmoved(result, note)
+            unmoved = self._unmoved(source, result) if share < EFFECT else ""
             advantage = result.config.advantage if task.other_names else ""
             for row in rows[index]:
-                noted = "; ".join(filter(None, (note, advantage, row["note"])))
+                noted = "; ".join(filter(None, (unmoved, advantage, row["note"])))
                 row |= {"changed": share, "note": noted}
         return rows
 
-    def _say_unmoved(self, result: TrainResult, note: str) -> None:
-        """Warn that training changed nothing: once for each method, since every row notes it."""
+    def _unmoved(self, source: str, result: TrainResult) -> str:
+        """Return the note of a training that changed nothing, and warn once for each method."""
+        in_steps = any(group["params"] for group in result.method.parameter_groups())
+        note = UNMOVED if in_steps else UNMOVED_FIT
+        # A fold has too few items to tell by their classes: its log-likelihood does.
+        if self.datasets[source].share < 1:
+            return note
         title = result.config.title
-        level = logging.INFO if title in self._unmoved else logging.WARNING
-        self._unmoved.add(title)
+        level = logging.INFO if title in self._said else logging.WARNING
+        self._said.add(title)
         where = f"{title} {result.config.placement}".strip()  # some methods have no placement
         LOG.log(level, "%s, seed %d: %s", where, result.seed, note)
+        return note
 
     def _zero_shot_rows(self, source: str) -> Rows:
-        cell = Cell(f"{source}-zero-shot", self._untrained_identity(source))
+        cell = self.identities.zero_shot(source)
         rows = self.cells.read(cell)
         if rows is None:
             tested = self.datasets.tested(source)
             rows = [row for one in tested for row in self._zero_shot.rows(one)]
             self.cells.write(cell, rows)
         return rows
-
-    def _untrained_identity(self, source: str) -> dict[str, Any]:
-        """Return all that zero-shot rows depend on, as JSON values."""
-        templates = {
-            f"{target.dataset.manifest.name}/{target.kind}": self._told_by(target)
-            for target in self.datasets.tested(source)
-        }
-        return {
-            "protocol": self.protocol.name,
-            "source": source,
-            "split": self.datasets.split,
-            "limit": self.options.limit,
-            "left_out": [self.options.present_only, self.options.skip_unreadable],
-            "template": self.train.template,
-            "model": self._model_identity,
-            "precision": self.evaluator.precision,
-            "targets": templates,
-            "data": self.datasets.hashes(
-                (name, self.datasets.split) for name in (source, *self.datasets.targets)
-            ),
-        }
-
-    def _told_by(self, target: Target) -> str:
-        """Return the template of a target's zero-shot rows, and what marks the tokens of its words.
-
-        OpenAI's tokens have no mark.
-        """
-        key = target.dataset.manifest.name, target.kind
-        if key not in self._marks:
-            task = target.dataset.task(target.kind, self.train.template)
-            prompts = [*task.prompts(), *task.prompts(task.own_template)]
-            self._marks[key] = ""
-            with suppress(UserError):  # a model without a tokenizer is refused in its place
-                self._marks[key] = self.model.tokens_mark(prompts)
-        own = target.dataset.manifest.zero_shot_template
-        return " in tokens ".join(filter(None, (own, self._marks[key])))
-
-    @property
-    def _fits(self) -> bool:
-        """Whether values may be chosen on validation items: not where these are tested."""
-        return self.datasets.split != "val"
-
-    def _train_of(self, setting: Recipe, source: str) -> TrainConfig:
-        data = self.datasets[source]
-        train = setting.train_for(data.origin).of_share(data.share)
-        return resolved(train, self.model.device)
-
-    def _cell(self, source: str, seed: int, setting: Recipe) -> Cell:
-        config = setting.method_for(self.datasets[source].origin)
-        # Everything that a number depends on and nothing else: one key too many trains again, one
-        # too few shows stale numbers. How a step is computed (savings, graphs) is not part of it.
-        identity = {
-            **self._untrained_identity(source),
-            "data": self.datasets.hashes(self.datasets.read(source)),
-            "seed": seed,
-            "method": config.name,
-            "settings": config.to_dict(),
-            "train": self._train_of(setting, source).identity(),
-            **own_code([config]),
-        }
-        # Cells from when values were chosen on tested items, or on those of another draw, differ.
-        if config.validates and not self._fits:
-            identity["validation"] = "none"
-        elif config.validates and "val" in identity["data"][source]:
-            identity["validation"] = "drawn after the training items"
-        parts = [source, config.name, config.placement, f"s{seed}"]
-        return Cell("-".join(filter(None, parts)), identity)
 
 
 @contextmanager

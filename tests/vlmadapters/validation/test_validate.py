@@ -275,7 +275,7 @@ def test_first_seeds_that_another_process_holds_are_waited_for_while_nothing_mov
     held: str, after: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Experiment("base-to-novel", shared_backbone("clip"), RECIPE, stop_unmoved=True)
-    monkeypatch.setattr(one, "_cell", lambda *_: None)
+    monkeypatch.setattr(one.identities, "cell", lambda *_: None)
     monkeypatch.setattr(one.cells, "read", lambda _: None)
     monkeypatch.setattr(one.cells, "others_hold", lambda _: False)
     found: dict[tuple[str, int], Any] = {}
