@@ -18,7 +18,7 @@ from vlmlayers.extraction import WeightsOptions
 from vlmlayers.prompts import TEMPLATE
 from vlmlayers.words import UNTRAINED
 
-HARD = "\0"  # a space that no line ends at
+HARD = "\0"  # a space that no line ends at, as of a command to be copied
 FORMS = {
     "merged": "load it as weights of the same architecture",
     "classes": "logits are scale × unit image features @ class_embeddings.T (+ bias, if any)",
@@ -63,7 +63,6 @@ def export(
     from vlmadapters.cli.terminal import wrapped
     from vlmadapters.export import export as write
     from vlmadapters.export import image_size
-    from vlmadapters.files import read_info, unstored_settings
 
     loaded = load_backbone(model, weights, device)
     written = write(adapter, loaded, out, form=form, classes=classes)
@@ -75,21 +74,26 @@ def export(
             f"{','.join(map(str, sides))} (open_clip: force_image_size={tuple(sides)})"
         )
     if written == "official":
-        info = read_info(adapter)
-        words = ["--method", info.config.name]
-        if info.task.template != TEMPLATE:
-            words += ["--template", info.task.template]
-        for name, value in unstored_settings(out, info.config).items():
-            text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-            words += ["--set", f"{name}={text}"]
-        options = shlex.join(words).replace(" ", HARD)  # to be copied
-        note += f"\n`evaluate` takes it with {options}"
-        if len(words) > 2:
-            note += "; their code has to be told that too"
+        note += f"\n{_how_to_test(adapter, out)}"
     if weights.random_weights:
         typer.echo(UNTRAINED)
     lines = map(wrapped, f"{written} {out}: {note}".splitlines())
     typer.echo("\n".join(lines).replace(HARD, " "))
+
+
+def _how_to_test(adapter: Path, out: Path) -> str:
+    """Return in words which options `evaluate` takes for what the authors' layout leaves out."""
+    from vlmadapters.files import read_info, unstored_settings
+
+    info = read_info(adapter)
+    words = ["--method", info.config.name]
+    if info.task.template != TEMPLATE:
+        words += ["--template", info.task.template]
+    for name, value in unstored_settings(out, info.config).items():
+        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        words += ["--set", f"{name}={text}"]
+    more = "; their code has to be told that too" if len(words) > 2 else ""
+    return f"`evaluate` takes it with {shlex.join(words).replace(' ', HARD)}{more}"
 
 
 def _refuse_unmergeable(adapter: Path) -> None:

@@ -151,18 +151,31 @@ def folds(
         if number % 2 == 0:
             drawn_order = generator.permutation(len(names))
         order = np.roll(drawn_order, -half * (number % 2))
-        train: list[Item] = []
-        test: list[Item] = []
-        for label, original in enumerate(order):
-            items = [replace(item, label=label) for item in by_class[original]]
-            if apart and label >= half:
-                test += items
-                continue
-            for place, item in enumerate(items):
-                # A single item is trained on: held out, it would test a class that was not trained.
-                held = place % parts == number % parts and len(items) > 1
-                (test if held else train).append(item)
         ordered = [names[original] for original in order]
+        base = half if apart else len(names)
+        shots_of = [by_class[original] for original in order]
+        train, test = _held_out(shots_of, base, number % parts, parts)
         title = f"{name}-s{seed}-f{number + 1}"
         made.append(Fold(data, title, ordered, train, test, apart, 1 / parts, drawn_by))
     return made
+
+
+def _held_out(
+    by_class: Sequence[Sequence[Item]], base: int, part: int, parts: int
+) -> tuple[list[Item], list[Item]]:
+    """Return what a fold trains on and what it holds out.
+
+    Args:
+        by_class: The shots of each class, in the order of the fold.
+        base: Number of classes trained on; those behind are held out whole.
+        part: Which part of the shots of the others is held out.
+        parts: Number of their parts.
+    """
+    train: list[Item] = []
+    test: list[Item] = []
+    for label, shots in enumerate(by_class):
+        for place, item in enumerate(shots):
+            # A single item is trained on: held out, it would test a class that was not trained.
+            held = place % parts == part and len(shots) > 1
+            (test if held or label >= base else train).append(replace(item, label=label))
+    return train, test

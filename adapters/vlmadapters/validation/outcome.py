@@ -206,19 +206,17 @@ def summarise(
     comparison, table = next(iter(parts.items()))
     warning = size_warning(list(table["placement"])) if comparison == "given" else ""
     chosen, other = label_of(table, "chosen"), label_of(table, reference)
-    correlations = outcomes = None
-    said: dict[str, str] = {}
-    predicted = None
+    predicted = correlations = outcomes = None
+    said = []
     if scores is not None:
         labels = dict.fromkeys(table["placement"])
         predicted = predict(scores, {label: Placement.parse(label) for label in labels})
         correlations = rank_correlation(table, predicted, seed=seed)
         outcomes = predicted_outcomes(predicted, table)
-        said["predictors"] = predictors(correlations)
-    repeats = repeatability(table, seed=seed)
+        said.append(predictors(correlations))
     judged = judge_predictors(table, predicted, other, seed=seed)
-    against = predictors_statement(judged, other)
-    said["predictors"] = " ".join(filter(None, [said.get("predictors"), against]))
+    said.append(predictors_statement(judged, other))
+    repeats = repeatability(table, seed=seed)
     left = regret(table, chosen, seed=seed)
     compared = complete_cells(table)  # what all of these are of
     search = (notes or {}).get("search")
@@ -231,7 +229,7 @@ def summarise(
         "repeatability": repeats,
         "chosen": chosen,
         "reference": other,
-        **said,
+        "predictors": " ".join(filter(None, said)),
         "best": left.best,
         "regret": asdict(left),
         "datasets": list(dict.fromkeys(compared["dataset"])),
