@@ -226,7 +226,7 @@ def _halves(table: pd.DataFrame, cells: Cells, placements: list[str]) -> Repeats
 
 
 def _aligned(table: pd.DataFrame, column: str, placements: list[str]) -> Array:
-    wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values=column)
+    wide = table.pivot(index=["dataset", "seed"], columns="placement", values=column)
     return wide[placements].dropna().to_numpy(np.float64).round(DIGITS)
 
 

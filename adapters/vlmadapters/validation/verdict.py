@@ -142,9 +142,8 @@ def outcomes(table: pd.DataFrame, outcome: str = "hm") -> Outcomes:
             f"the validation table has {first['placement']} twice on {first['dataset']}, seed "
             f"{first['seed']}; keep the rows of one comparison, as tuned or given, or of one run"
         )
-    wide = table.pivot_table(index=["dataset", "seed"], columns="placement", values=outcome)
-    # A pivot sorts its columns and drops those without a value; the table has the competitors in
-    # their order.
+    wide = table.pivot(index=["dataset", "seed"], columns="placement", values=outcome)
+    # A pivot sorts its columns; the table has the competitors in their order.
     wide = wide.reindex(columns=list(dict.fromkeys(table["placement"])))
     # Placements are compared in pairs: a cell that lacks one would favour the others.
     complete = wide.dropna()
