@@ -43,9 +43,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tuned.to_csv(first.folder / "validation_untuned.csv", index=False)
     second = make_run(folder / "second", 24, 12, small=True, weights="random")
     return {
-        "report": write_report(first.folder, title=evil, note=evil),
-        "random": write_report(second.folder),
-        "comparison": write_comparison([first.folder, second.folder], folder / "both"),
+        "report": write_report(first.folder, title=evil, note=evil, formats=("svg",)),
+        "random": write_report(second.folder, formats=("svg",)),
+        "comparison": write_comparison(
+            [first.folder, second.folder], folder / "both", formats=("svg",)
+        ),
     }
 
 

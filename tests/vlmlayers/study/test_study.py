@@ -328,7 +328,8 @@ def test_a_changed_rule_beside_the_study_is_run_again(
     for block in (1, 2):
         own = f"def rule(scores):\n    return [{block}], [{block}]\n"
         (tmp_path / "base" / "own.py").write_text(own)
-        run = run_study(read_study(file), copy, base=file.parent, progress=False)[0]
+        only = ["select"]
+        run = run_study(read_study(file), copy, base=file.parent, only=only, progress=False)[0]
         assert read_json(run.choice)["vision"] == [block]
 
 
@@ -500,7 +501,7 @@ def test_what_a_verb_wrote_since_is_not_taken_for_the_studys_own(
     options: dict[str, Any] = {"base": study_file.parent, "progress": False, "echo": said.append}
     run_study(read_study(study_file), copy, only=["report"], **options)
     assert read_json(copy / "choice.json")["rule"] == "paper"  # what is not picked stays
-    run_study(read_study(study_file), copy, **options)
+    run_study(read_study(study_file), copy, skip=["report"], **options)
     assert read_json(copy / "choice.json") == read_json(done.choice)
     assert "score    unchanged" in said and "select   unchanged" not in said
 
@@ -559,7 +560,7 @@ def test_an_extraction_that_was_stopped_is_told_by_what_goes_on_from_its_stores(
     select_run(copy, "paper", {}, 200, 0)
     assert read_json(copy / "stages.json")["unfinished"] == {"score": 1.0}
     (copy / "stages.json").unlink()  # as the single verbs leave a run
-    run_study(read_study(file), copy, start="score", echo=said.append, **options)
+    run_study(read_study(file), copy, only=["score"], echo=said.append, **options)
     assert sum(line.startswith("extract") for line in said) == 1
 
 
@@ -909,7 +910,7 @@ def test_a_folder_in_which_a_study_works_is_refused_to_others(
     assert (run.folder / "study.toml").read_bytes() == before
     assert not (tmp_path / "other").exists()
     monkeypatch.undo()
-    run_study(study, run.folder, **options)  # which is free again
+    run_study(study, run.folder, only=["select"], **options)  # which is free again
 
 
 def test_processes_of_one_torchrun_share_a_run_folder(
