@@ -283,7 +283,7 @@ def test_a_choice_from_other_scores_is_told(tmp_path: Path, rule: str) -> None:
     told = "the choice was made from other scores than these"
     for other, why in (
         (scores.assign(value=1 - scores["value"]), "of the vision tower differs"),
-        (scores[scores["metric"] != "dataset_accuracy"], "'dataset_accuracy'"),
+        (scores[scores["metric"] != "dataset_accuracy"], "dataset_accuracy"),
         (scores.assign(model="another"), "of toy (toy.safetensors), not of another ("),
     ):
         write_scores(other, run.folder)
