@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from vlmadapters.validation.means import Mean, mean_correlation, no_interval
+from vlmadapters.validation.means import DIGITS, Mean, mean_correlation, no_interval
 from vlmadapters.validation.ranking import LEAST_RANKED, holm
 from vlmadapters.validation.repeatability import ROUNDING, Cells, permuted, signs
 from vlmadapters.validation.verdict import (
@@ -170,7 +170,7 @@ def _guesses(names: list[str], predicted: pd.DataFrame | None) -> dict[str, tupl
     deepest = {tower: max(max(one.blocks(tower), default=1) for one in placed) for tower in TOWERS}
     depths = [[b / deepest[tower] for tower in TOWERS for b in one.blocks(tower)] for one in placed]
     found = {
-        "relative_depth": ("baseline", np.array([np.mean(one) for one in depths])),
+        "relative_depth": ("baseline", np.array([np.mean(one) for one in depths]).round(DIGITS)),
         "fewest_blocks": ("baseline", -np.array([len(one) for one in blocks], dtype=np.float64)),
     }
     if predicted is not None:
@@ -202,7 +202,9 @@ def _others(values: Array, cells: Cells) -> Array | None:
     """
     pairs = cells.others if cells.count > 1 else cells.seeds
     weight = pairs.sum(1, keepdims=True)
-    return (pairs @ values) / weight if len(pairs) > 1 and (weight > 0).all() else None
+    known = len(pairs) > 1 and (weight > 0).all()
+    # As outcomes are: sums in another order would rank placements that are equal.
+    return ((pairs @ values) / weight).round(DIGITS) if known else None
 
 
 def _at_best(values: Array, guess: Array) -> Array:

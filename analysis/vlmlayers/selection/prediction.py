@@ -24,6 +24,7 @@ from vlmlayers.scores.schema import Scores
 from vlmlayers.selection.curves import Array, BlockTable
 from vlmlayers.selection.per_block import BLOCK_SCORES, metric_by_tower, score_blocks
 
+DIGITS = 12  # of predictions, which lie between −1 and 1
 Blocks = Mapping[str, Sequence[int]]
 Adapted = Annotated[Sequence[int], Takes("blocks such as '5-12' or [5, 6]", convert=parse_blocks)]
 
@@ -192,7 +193,8 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
         placed = Placement(tuple(vision), tuple(text)).check(blocks)
         if placed and values and not any(placed.blocks(tower) for tower in values):
             return math.nan  # of a tower on which the score says nothing
-        return compute(values, dict(zip(TOWERS, placed)), blocks)
+        # Means of equal values differ by rounding, which must not rank one placement above another.
+        return round(compute(values, dict(zip(TOWERS, placed)), blocks), DIGITS)
 
     return of
 

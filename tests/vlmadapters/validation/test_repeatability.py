@@ -488,6 +488,23 @@ def test_depth_is_relative_to_the_tower() -> None:
     assert rows.loc["relative_depth", "tau"] == pytest.approx(np.mean(taus))
 
 
+def test_rounding_ranks_no_placement_above_its_equal() -> None:
+    """Three are equally deep; two have the same mean in the cells but one, added in other order."""
+    names = ["v2-12,t2-12", "v2-12,t-", "v-,t2-12", *PLACEMENTS[3:]]
+    table = simulated(0, 0, 1, seeds=1)
+    table["placement"] = table["placement"].replace(dict(zip(PLACEMENTS, names)))
+    wide = table.pivot_table(index="dataset", columns="placement", values="hm")[names]
+    wide[names[0]] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    wide[names[1]] = [0.1, 0.2, 0.4, 0.5, 0.3, 0.6]
+    depth = [7, 7, 7, *(float(i + 12) / 2 for i in range(8, 13))]
+    others = [(wide.sum() - row).round(6) for _, row in wide.iterrows()]
+    rows = judge_predictors(table.assign(hm=wide.to_numpy().ravel()), None, names[0], draws=20)
+    judged = rows.set_index("predictor")
+    for name, guesses in (("relative_depth", [depth] * len(wide)), ("other cells", others)):
+        taus = [kendalltau(*pair).statistic for pair in zip(guesses, wide.to_numpy())]
+        assert judged.loc[name, "tau"] == pytest.approx(np.mean(taus)), name
+
+
 def test_where_nothing_repeats_no_predictor_is_said_to_pick_better() -> None:
     wrong = 0
     for seed in range(20):

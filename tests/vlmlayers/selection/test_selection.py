@@ -1123,6 +1123,14 @@ def test_placement_scores_are_what_they_say_of_blocks_in_the_middle() -> None:
     assert whole == pytest.approx(0.5)
 
 
+def test_rounding_ranks_no_placement_above_its_equal() -> None:
+    """Blocks of one tower are as deep on average as the same blocks of both."""
+    for start in span(1, 12):
+        blocks = span(start, 12)
+        pairs = (blocks, blocks), (blocks, ()), ((), blocks)
+        assert len({placement_score(planted(), *pair, "relative_depth") for pair in pairs}) == 1
+
+
 def test_placement_scores_on_unequal_towers_and_any_metric() -> None:
     scores = full(24, 12)
     assert "mean_accuracy_x_novel" not in available_scores(scores)
