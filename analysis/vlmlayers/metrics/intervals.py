@@ -92,16 +92,22 @@ def mean_interval(
 
     Where all items of a `share` are 0 or all are 1 resampling cannot vary: Wilson's interval then.
     Where all items of a `difference` of two paired 0s and 1s are the same it is Tango's: ± Wilson's
-    bound on none of n where none has changed.
+    bound on none of n where none has changed. Where none has changed in one of the two directions
+    it reaches as far that way as if none had changed at all.
 
     Reference: Tango 1998 (score interval of a difference of paired proportions).
     """
     same = float(values[0])
     if not (values == same).all():
-        return percentile(weights @ values / weights.sum(axis=1))
+        low, high = percentile(weights @ values / weights.sum(axis=1))
+        if difference:  # resampling cannot draw what no item shows
+            value, reach = float(values.mean()), float(wilson(0.0, len(values))[1])
+            low = low if values.min() < 0 else min(low, max(value - reach, -1.0))
+            high = high if values.max() > 0 else max(high, min(value + reach, 1.0))
+        return low, high
     if share and same in (0.0, 1.0):
-        low, high = wilson(same, len(values))
-        return float(low), float(high)
+        least, most = wilson(same, len(values))
+        return float(least), float(most)
     if difference and same in (-1.0, 0.0, 1.0):
         # Where all have changed the way back is twice as far: the bound on a change of two.
         reach = float(wilson(0.0, len(values))[1]) * (1.0 + abs(same))

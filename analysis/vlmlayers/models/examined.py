@@ -178,8 +178,8 @@ class Rows:
     ) -> None:
         """Add the mean of values, one per image or per prompt, with its bootstrap interval.
 
-        A `difference` of right and wrong has a width where it is the same of all items as well:
-        no item of few has changed is not none of all. See `mean_interval`.
+        A `difference` of right and wrong has a width where it is the same of all items as well, and
+        reaches both ways: no item of few has changed is not none of all. See `mean_interval`.
         """
         labels = self.inputs.labels
         strata = labels if len(values) == len(labels) else np.zeros(len(values), np.int64)

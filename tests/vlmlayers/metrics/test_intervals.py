@@ -104,8 +104,24 @@ def test_differences_that_no_item_shows_get_tangos_interval(size: int, same: flo
     weights = bootstrap_weights(np.zeros(size, int), 50, np.random.default_rng(0))
     low, high = mean_interval(np.full(size, same), weights, difference=True)
     assert low < high and (low, high) == pytest.approx(_tango(same, size), abs=1e-6)
-    values = np.r_[np.zeros(size - 1), 1.0]
+    values = np.r_[np.zeros(size - 2), -1.0, 1.0]
     assert mean_interval(values, weights, difference=True) == mean_interval(values, weights)
+
+
+def test_a_difference_reaches_in_the_direction_that_no_item_shows() -> None:
+    """Of 40 items few gain or lose: where all that changed lose, some would gain in others."""
+    rng, truth, held = np.random.default_rng(3), 0.01, []
+    for _ in range(400):
+        values = rng.choice([1.0, -1.0, 0.0], 40, p=[0.03, 0.02, 0.95])
+        weights = bootstrap_weights(np.zeros(40, int), 100, rng)
+        low, high = mean_interval(values, weights, difference=True)
+        held.append(low <= truth <= high)
+        assert low <= values.mean() <= high
+        if values.min() == 0.0 < values.max():
+            least, same = low, mean_interval(-values, weights, difference=True)
+            reach = mean_interval(np.zeros(40), weights, difference=True)[1]
+            assert least <= values.mean() - reach and -least == same[1]
+    assert np.mean(held) > 0.93  # 0.80 where one end was at 0 then
 
 
 def _tango(same: float, n: int) -> tuple[float, float]:
