@@ -19,6 +19,7 @@ OUTCOMES = ("base", "novel", "hm")
 NEEDS = ("model", "weights", "dataset", "seed", "placement", "kind", *OUTCOMES)
 DEFAULT_SCORE = "contrast_accuracy_x_agreement"
 PERMUTATIONS = 9999
+DIGITS = 9  # of means
 
 
 def read_validations(tables: Folders, scored: Seen | None = None) -> pd.DataFrame:
@@ -94,7 +95,8 @@ def placement_means(validation: pd.DataFrame) -> pd.DataFrame:
     first = kept.drop_duplicates("placement").set_index("placement")
     averaged = [*OUTCOMES, *(name for name in ("parameters", "seconds") if name in kept.columns)]
     per_dataset = kept.groupby(["placement", "dataset"], sort=False)[averaged].mean()
-    frame = per_dataset.groupby(level="placement", sort=False).mean()
+    # Rounded as in the verdict: the same values in another order differ, and a tie has to be one.
+    frame = per_dataset.groupby(level="placement", sort=False).mean().round(DIGITS)
     # A seed that misses a dataset differs from the others by how hard that dataset is.
     whole = kept.groupby("seed").dataset.transform("nunique") == kept.dataset.nunique()
     per_seed = kept[whole].groupby(["placement", "seed"], sort=False)[list(OUTCOMES)].mean()

@@ -1121,6 +1121,15 @@ def test_a_dataset_with_more_seeds_weighs_no_more_than_another() -> None:
     assert (outcomes.placement_means(lost).runs == 2).all(), "a run without a value is none"
 
 
+def test_means_of_the_same_values_in_another_order_are_one() -> None:
+    """Of these three the sum differs in its last bit by their order."""
+    rows = validation_rows().query("seed == 1 and dataset == 'digits'").head(2)
+    values = {1: (75.5, 51.6), 2: (60.8, 75.5), 3: (51.6, 60.8)}
+    seeds = [rows.assign(seed=seed, hm=two) for seed, two in values.items()]
+    means = outcomes.placement_means(pd.concat(seeds))
+    assert means.hm.nunique() == 1 and means.hm[0] == pytest.approx(187.9 / 3)
+
+
 def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_path: Path) -> None:
     """Deeper placements score higher on rising curves; trained hm is planted either way round."""
     spans = validation_rows().query("kind.str.contains('start')")
