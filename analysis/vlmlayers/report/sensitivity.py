@@ -61,10 +61,12 @@ def _thresholds(answer: Answer, metric: str) -> Iterator[list[str]]:
 def _poolings(answer: Answer, metric: str) -> Iterator[list[str]]:
     found = answer.scores.loc[answer.scores["metric"] == metric, ["tower", "pooling"]]
     names = [name for name in dict.fromkeys(found["pooling"].astype(str))]
-    if found.groupby("tower")["pooling"].nunique().max() < 2:
+    several = found.groupby("tower")["pooling"].transform("nunique") > 1
+    if not several.any():
         yield [f"pooling other than {join(names)}", *("not scored" for _ in answer.depths)]
         return
-    for name in names:
+    # The one pooling of a tower is no setting that is changed.
+    for name in dict.fromkeys(found.loc[several, "pooling"].astype(str)):
         own = {tower: set(part["pooling"]) for tower, part in found.groupby("tower")}
         kept = {tower: name if name in own.get(tower, ()) else None for tower in TOWERS}
         table = _read(answer.scores, (metric, _agreement(answer)), kept)

@@ -674,6 +674,7 @@ def test_both_poolings_answer_where_both_were_scored(tmp_path: Path) -> None:
     assert table is not None
     rows = {row[0]: row[1] for row in table.rows}
     assert rows["pooling cls"] == "5–12" and rows["pooling mean"] == "8–12"
+    assert "pooling eot" not in rows, "the texts have one pooling alone"
 
 
 def test_other_settings_leave_what_they_do_not_name_as_it_was_chosen(tmp_path: Path) -> None:
