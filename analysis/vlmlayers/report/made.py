@@ -8,10 +8,9 @@ import pandas as pd
 
 from vlmlayers.files import read_toml
 from vlmlayers.report.numbers import Answer
-from vlmlayers.report.payload import metric_entry
+from vlmlayers.report.payload import metric_entries
 from vlmlayers.report.tables import Table, tabular
 from vlmlayers.scores import refusals, score_cost
-from vlmlayers.scores.summaries import metrics_by_shape
 
 # Headings of the datasets' table, and the keys of `provenance.json` below them.
 DATASET_HEADINGS = {
@@ -105,11 +104,7 @@ def _cost_tables(answer: Answer) -> list[Table]:
 
 
 def _definitions(answer: Answer) -> Table:
-    rows = [
-        [name, metric_entry(name, answer.scores)["caption"]]
-        for names in metrics_by_shape(answer.scores).values()
-        for name in names
-    ]
+    rows = [[name, entry["caption"]] for name, entry in metric_entries(answer).items()]
     return tabular("What the metrics mean", ["Metric", "Definition"], rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
@@ -40,9 +41,7 @@ def payload(answer: Answer) -> dict[str, Any]:
         "standing": {tower: answer.standing(tower) for tower in answer.depths},
         "chosen": {tower: answer.choice.blocks(tower) for tower in answer.depths},
         "datasets": dataset_names(answer.scores),
-        "metrics": {
-            name: metric_entry(name, answer.scores) for names in shapes.values() for name in names
-        },
+        "metrics": metric_entries(answer),
         "curves": curve_entries(answer, shapes["curve"]),
         "matrices": [
             entry for name in shapes["matrix"] for entry in matrix_entries(answer.scores, name)
@@ -65,6 +64,13 @@ def payload(answer: Answer) -> dict[str, Any]:
     if answer.validation is not None:
         content["validation"] = validation_entry(answer.validation)
     return content
+
+
+@lru_cache(maxsize=1)  # charts and definitions both show it
+def metric_entries(answer: Answer) -> dict[str, dict[str, Any]]:
+    """Return what `metric_entry` says of every metric of a run."""
+    shapes = metrics_by_shape(answer.scores)
+    return {name: metric_entry(name, answer.scores) for names in shapes.values() for name in names}
 
 
 def metric_entry(

@@ -60,7 +60,7 @@ def _thresholds(answer: Answer, metric: str) -> Iterator[list[str]]:
 
 def _poolings(answer: Answer, metric: str) -> Iterator[list[str]]:
     found = answer.scores.loc[answer.scores["metric"] == metric, ["tower", "pooling"]]
-    names = [name for name in dict.fromkeys(found["pooling"].astype(str))]
+    names = list(dict.fromkeys(found["pooling"].astype(str)))
     several = found.groupby("tower")["pooling"].transform("nunique") > 1
     if not several.any():
         yield [f"pooling other than {join(names)}", *("not scored" for _ in answer.depths)]
