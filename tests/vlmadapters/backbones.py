@@ -7,8 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -85,6 +87,24 @@ def saved_backbone(folder: Path) -> Path:
     state = {k: v.clone().contiguous() for k, v in shared_backbone().clip.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     return folder
+
+
+COLOURS = ("red", "green", "blue", "gray")
+
+
+def colour_folder(base: Path, **counts: int) -> Path:
+    """Draw an image folder of four colours, so many images of each in a split, and return it."""
+    generator = np.random.default_rng(3)
+    for split, count in counts.items():
+        for label, name in enumerate(COLOURS):
+            folder = base / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = generator.integers(0, 200, (4, 4, 3)).astype(np.uint8)
+                if label < 3:
+                    noise[..., label] = 255
+                Image.fromarray(noise).resize((32, 32)).save(folder / f"{i}.png")
+    return base
 
 
 def some_images(model: VLM, n: int = 2, seed: int = 0) -> Tensor:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backbones import backbone, config
+from backbones import backbone, colour_folder, saved_backbone
 from PIL import Image
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from vlmadapters.cli.attached import attach_for_good
@@ -36,29 +35,13 @@ RECIPE = Recipe(
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("data") / "colours"
-    generator = np.random.default_rng(3)
-    for split, count in (("train", 6), ("test", 2)):
-        for label, name in enumerate(("red", "green", "blue", "gray")):
-            folder = base / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                noise = generator.integers(0, 200, (4, 4, 3)).astype(np.uint8)
-                if label < 3:
-                    noise[..., label] = 255
-                Image.fromarray(noise).resize((32, 32)).save(folder / f"{i}.png")
-    return base
+    return colour_folder(tmp_path_factory.mktemp("data") / "colours", train=6, test=2)
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model on disk; nothing trained it, but it has weights that are its own."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config()}))
-    state = backbone("clip").clip.state_dict()
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
-    return folder
+    return saved_backbone(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from backbones import FAMILIES, backbone, config, shared_backbone
+from backbones import COLOURS, FAMILIES, backbone, colour_folder, config, shared_backbone
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -53,23 +53,12 @@ RECIPE = Recipe(
     MMAConfig.span(2, 3, dim=4, scale=0.5),
 )
 CHOICE = LayerChoice((2, 3), (2, 3), "explicit")
-NAMES = ("red", "green", "blue", "gray")
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     base = tmp_path_factory.mktemp("data") / "colours"
-    generator = np.random.default_rng(3)
-    for split, count in (("train", 3), ("test", 5)):
-        for label, name in enumerate(NAMES):
-            folder = base / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                noise = generator.integers(0, 200, (4, 4, 3)).astype(np.uint8)
-                if label < 3:
-                    noise[..., label] = 255
-                Image.fromarray(noise).resize((32, 32)).save(folder / f"{i}.png")
-    return Manifest.load(base)
+    return Manifest.load(colour_folder(base, train=3, test=5))
 
 
 def run(manifest: Manifest, out: Path | None = None, **options: Any) -> pd.DataFrame:
@@ -151,8 +140,8 @@ def test_test_images_among_those_trained_on_are_told(
     """Once a run, whatever trains, and by what it writes; a target alone is not trained on."""
     assert manifest.source is not None
     leaky = manifest.source.parent / "leaky.csv"
-    rows = [f"colours/train/{name}/{i}.png,{name},train" for name in NAMES for i in range(3)]
-    test = [f"colours/test/{name}/0.png,{name},test" for name in NAMES]
+    rows = [f"colours/train/{name}/{i}.png,{name},train" for name in COLOURS for i in range(3)]
+    test = [f"colours/test/{name}/0.png,{name},test" for name in COLOURS]
     leaky.write_text(
         "\n".join(["path,label,split", *rows, *test, rows[4].replace(",train", ",test")])
     )
