@@ -134,6 +134,8 @@ metrics = ["class_accuracy_ncm", "cka_debiased", "centroid_gap", "fisher_ratio"]
 options = {{ bootstrap = 20 }}
 [select]
 rule = "paper"
+[report]
+formats = ["svg"]
 [validate]
 seeds = [1]
 kinds = ["all"]

@@ -141,13 +141,13 @@ def test_chance_is_one_line_or_one_per_tower(tab: Tab, tmp_path: Path) -> None:
         "[document.querySelectorAll('figure[data-chart=curves] text.over')[i].textContent, "
         "(p.getAttribute('d').match(/L/g) || []).length])"
     )
-    load(tab, write_report(run.folder))
+    load(tab, write_report(run.folder, formats=("svg",)))
     assert tab.run(lines) == [["Chance", 1]]
     scores = read_scores(run.folder)
     text = scores["tower"] == "text"
     scores.loc[text, "null"] = 0.2 + 0.3 * scores.loc[text, "depth"]
     write_scores(scores, run.folder)
-    load(tab, write_report(run.folder))
+    load(tab, write_report(run.folder, formats=("svg",)))
     assert tab.run(lines) == [["Chance, vision", 1], ["Chance, text", 13]]
     assert "0.10 for vision and 0.20 to 0.50 for text." in run.report.read_text()
     assert tab.errors() == []

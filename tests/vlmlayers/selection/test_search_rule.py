@@ -83,7 +83,7 @@ def test_the_report_answers_what_the_search_found(
     answer = read_answer(run.folder)
     assert answer.headline == headline and answer.choice.decided is decided
     assert any(firm for _, firm in answer.headline_parts) is decided, "bold where it is decided"
-    page = write_report(run.folder).read_text()
+    page = write_report(run.folder, formats=("svg",)).read_text()
     text = (run.folder / "report.md").read_text().replace("\\", "")
     for part in ("6.5 full trainings", "4 of 4 folds", "+0.200 [0.100, 0.300]", "+0.500"):
         assert part in page and part in text
@@ -116,7 +116,7 @@ def test_a_search_of_other_weights_is_no_evidence_of_the_run(tmp_path: Path) -> 
     """As one that was copied, or that a folder kept after the model had changed."""
     run = make_run(tmp_path / "run", small=True)
     written(run.folder, weights="random")
-    page = write_report(run.folder).read_text()
+    page = write_report(run.folder, formats=("svg",)).read_text()
     assert "full trainings" not in page and "search.json</a>" not in page
     for text in (page, (run.folder / "report.md").read_text()):
         assert "Left out: the search in search.json, which is of" in text and "(random)" in text
@@ -129,7 +129,10 @@ def test_a_search_of_weights_of_the_same_name_is_none_of_the_run(tmp_path: Path)
     file = written(run.folder, weights_hash="a" * 64)
     with pytest.raises(UserError, match=r"aaaaaaaaaaaa\), the features beside it of other weights"):
         select_run(run.folder, "search", {}, 0, 0)
-    assert "Left out: the search in search.json" in write_report(run.folder).read_text()
+    assert (
+        "Left out: the search in search.json"
+        in write_report(run.folder, formats=("svg",)).read_text()
+    )
     run.record(model={"weights_hash": "a" * 64})
     select_run(run.folder, "search", {}, 0, 0)
     assert read_answer(run.folder).search["pick"] == found()["pick"] and Path(file).is_file()

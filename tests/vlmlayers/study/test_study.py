@@ -770,7 +770,7 @@ def test_a_streamed_run_says_of_itself_what_a_plain_one_does(
     select_run(streamed.folder, "budget", {"score": "metric:effective_rank"}, 0, 0)
     evidence = LayerChoice.load(streamed.folder).evidence
     assert evidence["weights_hash"] == ours["model"]["weights_hash"]
-    page = write_report(streamed.folder).read_text()
+    page = write_report(streamed.folder, formats=("svg",)).read_text()
     digits = ours["datasets"]["digits"]
     for fact in (digits["title"], digits["manifest_hash"], ours["model"]["weights_hash"]):
         assert fact in page, fact
