@@ -10,11 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from vlmlayers.arguments import Precision
 from vlmlayers.errors import check_one_of
 from vlmlayers.options import ImageOptions, Options, Several, at_key
-from vlmlayers.positions import ATTENTION, POOLINGS, SPACES, TOKENS, TOWERS
-
-
-def _space(name: str) -> str:
-    return check_one_of("space", name, SPACES + ATTENTION)
+from vlmlayers.positions import POOLINGS, TOKENS, TOWERS, check_space
 
 
 def _tower(name: str) -> str:
@@ -47,7 +43,7 @@ class RecordOptions(ImageOptions):
     tower: Annotated[str, AfterValidator(at_key(_tower))] | None = Field(
         default=None, description="vision or text; both where absent."
     )
-    spaces: Several[Annotated[str, AfterValidator(at_key(_space))]] = Field(
+    spaces: Several[Annotated[str, AfterValidator(at_key(check_space))]] = Field(
         default=("native", "joint"),
         min_length=1,
         description="native, normed, joint, attention_entropy, attention_distance; native and "

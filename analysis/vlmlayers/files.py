@@ -220,6 +220,19 @@ def checksum(content: str | bytes | Iterable[str | bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
+def file_stamp(path: Path) -> tuple[str, int, int]:
+    """Return what identifies a file's content for a cache: path, time of change, size.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return (str(path), status.st_mtime_ns, status.st_size)
+
+
 def find_weights(folder: Path) -> Path:
     """Return the file of a model folder that holds its weights.
 

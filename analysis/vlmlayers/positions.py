@@ -17,6 +17,15 @@ POOLINGS = ("model", "cls", "eot", "mean")
 TOKENS = "tokens"  # in place of a pooling: every token by itself
 
 
+def check_space(name: str) -> str:
+    """Return a space, or what attention does, where it is one.
+
+    Raises:
+        UserError: It is none; the nearest one is named.
+    """
+    return check_one_of("space", name, SPACES + ATTENTION)
+
+
 def unextracted(space: str) -> str:
     """Return, for a message, that features lack a space, and what adds it."""
     return f"no {space} features were extracted, as by --spaces {space}"
@@ -31,7 +40,7 @@ def tower_positions(blocks: int, space: str = "native") -> tuple[str, ...]:
     `normed` space `final` repeats the last block and `proj` does not exist. Attention is in the
     blocks alone.
     """
-    check_one_of("space", space, SPACES + ATTENTION)
+    check_space(space)
     body = (EMBED, *(str(block) for block in range(1, blocks + 1)))
     if space in ATTENTION:
         return body[1:]

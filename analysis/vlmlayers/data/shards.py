@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from vlmlayers.data.names import IMAGE_SUFFIXES, is_foreign, suffix_of
 from vlmlayers.errors import UnreadableImage, UserError
-from vlmlayers.files import atomically
+from vlmlayers.files import atomically, file_stamp
 from vlmlayers.options import Options, Several
 
 LARGEST_TEXT = 1_000_000  # bytes of a .cls or .txt member
@@ -79,20 +79,12 @@ def index_shard(path: Path, members: Members = USUAL) -> tuple[Sample, ...]:
         UserError: The file is missing, compressed, no tar, truncated or without images; or a
             sample has a class but no image, or several images of which none is named.
     """
-    return _index(*_stamp(path), members)[0]
+    return _index(*file_stamp(path), members)[0]
 
 
 def other_members(path: Path, members: Members = USUAL) -> tuple[str, ...]:
     """List the members of a shard that belong to no sample, such as a README."""
-    return _index(*_stamp(path), members)[1]
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return str(path), status.st_mtime_ns, status.st_size
+    return _index(*file_stamp(path), members)[1]
 
 
 # Kept by size and time of change, so that a shard that was replaced is read anew.
@@ -226,7 +218,7 @@ def read_member(path: Path, image: str, members: Members = USUAL) -> bytes:
         UserError: The shard is missing or does not hold that image.
         UnreadableImage: The shard ends before the image does.
     """
-    sample = _by_image(*_stamp(path), members).get(image)
+    sample = _by_image(*file_stamp(path), members).get(image)
     if sample is None:
         raise UserError(f"{path} holds no image {image[:200]!r}")
     with path.open("rb") as handle:

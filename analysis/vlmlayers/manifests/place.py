@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from vlmlayers.errors import DataFault, UserError
-from vlmlayers.files import file_checksum
+from vlmlayers.files import file_checksum, file_stamp
 from vlmlayers.manifests.items import checked_path, is_there
 from vlmlayers.manifests.schema import Spec
 
@@ -98,19 +98,6 @@ class Place:
             written = (found / form for form in forms)
             found = next((file for file in written if is_there(file)), found / part)
         return found
-
-
-def file_stamp(path: Path) -> tuple[str, int, int]:
-    """Return what identifies a file's content for a cache: path, time of change, size.
-
-    Raises:
-        UserError: The file cannot be read.
-    """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return (str(path), status.st_mtime_ns, status.st_size)
 
 
 def known_checksum(path: Path) -> str:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError
 from vlmlayers.models.attention import MEASURES, AttentionWatch, refuse_unseen
 from vlmlayers.models.devices import copied
 from vlmlayers.models.modes import eval_mode
@@ -23,8 +23,8 @@ from vlmlayers.positions import (
     FINAL,
     JOINT,
     PROJ,
-    SPACES,
     TOKENS,
+    check_space,
     is_block,
     sort_key,
 )
@@ -158,7 +158,7 @@ class Recorder:
         pooling: str | None = None,
     ) -> None:
         for space in spaces:
-            check_one_of("space", space, SPACES + ATTENTION)
+            check_space(space)
         for block in tower.blocks:
             refuse_compiled(block)
         self.tower = tower

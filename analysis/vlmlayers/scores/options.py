@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import Options, Seeds, Several, Word
-from vlmlayers.positions import ATTENTION, EMBED, FINAL, PROJ, SPACES
+from vlmlayers.positions import EMBED, FINAL, PROJ, check_space
 
 if TYPE_CHECKING:
     from vlmlayers.metrics.table import Metric
@@ -72,17 +72,13 @@ def _position(name: str) -> str:
     return name if name.isdecimal() else check_one_of("position", name, (EMBED, FINAL, PROJ))
 
 
-def _space(name: str) -> str:
-    return check_one_of("space", name, SPACES + ATTENTION)
-
-
 class ScoreOptions(Options):
     """Options of `score`; recorded in the table's attributes and per row where they matter."""
 
     positions: Several[Annotated[Word, AfterValidator(_position)]] | None = Field(
         default=None, description="Positions to score; None for all that were recorded."
     )
-    spaces: Several[Annotated[str, AfterValidator(_space)]] | None = Field(
+    spaces: Several[Annotated[str, AfterValidator(check_space)]] | None = Field(
         default=None, description="Spaces to score in; None for the default of each metric."
     )
     seeds: Seeds = Field(

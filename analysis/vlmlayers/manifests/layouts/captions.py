@@ -6,9 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import file_stamp
 from vlmlayers.manifests.items import SPLITS, Item, listed_path
 from vlmlayers.manifests.layouts.base import Layout, expect_hash
-from vlmlayers.manifests.place import Place, file_stamp, read_text
+from vlmlayers.manifests.place import Place, read_text
 
 
 class CaptionsLayout(Layout):

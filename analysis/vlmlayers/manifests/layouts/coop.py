@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError
+from vlmlayers.files import file_stamp
 from vlmlayers.manifests.items import SPLITS, Item, listed_path
 from vlmlayers.manifests.layouts.base import (
     Layout,
@@ -15,7 +16,7 @@ from vlmlayers.manifests.layouts.base import (
     expect_hash,
     names_by_label,
 )
-from vlmlayers.manifests.place import Place, file_stamp, read_text
+from vlmlayers.manifests.place import Place, read_text
 
 Lists = dict[str, tuple[Item, ...]]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmlayers.data.names import IMAGE_SUFFIXES
 from vlmlayers.errors import UserError, one_line
+from vlmlayers.files import file_stamp
 from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, checked_path
 from vlmlayers.manifests.layouts.base import (
     Layout,
@@ -19,7 +20,7 @@ from vlmlayers.manifests.layouts.base import (
     refuse_lost_columns,
 )
 from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
-from vlmlayers.manifests.place import MissingData, Place, file_stamp
+from vlmlayers.manifests.place import MissingData, Place
 from vlmlayers.manifests.schema import Columns
 from vlmlayers.runs import is_run
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from vlmlayers.data.names import IMAGE_SUFFIXES, suffix_of
 from vlmlayers.errors import UserError, nearest, shortened
+from vlmlayers.files import file_stamp
 from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, listed_path, stratified_split
 from vlmlayers.manifests.layouts.base import (
     Layout,
@@ -23,7 +24,7 @@ from vlmlayers.manifests.layouts.base import (
     refuse_lost_columns,
 )
 from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
-from vlmlayers.manifests.place import MissingData, Place, file_stamp, read_text
+from vlmlayers.manifests.place import MissingData, Place, read_text
 from vlmlayers.manifests.schema import Columns
 from vlmlayers.words import counted
 
