@@ -10,9 +10,11 @@ from backbones import shared_backbone
 from torch import Tensor
 
 from vlmadapters.clip.frozen import Backbone
+from vlmadapters.clip.savings import Savings
 from vlmadapters.data.fewshot import base_or_novel, few_shot
 from vlmadapters.data.images import Images
 from vlmadapters.data.task import Task
+from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.training.recipes import TrainConfig
@@ -21,6 +23,19 @@ from vlmlayers.manifests import Manifest
 
 TASK = Task(("cat", "golden_retriever", "bus"), other_names=("sea_lion", "Boeing 747"))
 MANIFEST = Manifest.load("shapes_filled")
+
+
+def built(
+    config: MethodConfig,
+    savings: Savings | None = None,
+    family: str = "clip",
+    *,
+    task: Task = TASK,
+) -> tuple[Any, Backbone]:
+    """Return a method and the small backbone that it is of."""
+    model = shared_backbone(family)
+    backbone = Backbone(model.clip, savings, model.tokenizer)
+    return METHODS[config.name].build(config, backbone, task, seed=3), backbone
 
 
 def step_of(

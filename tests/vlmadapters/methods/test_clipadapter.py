@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from backbones import shared_backbone, some_images
-from stepping import TASK, assert_same_step, first_step
+from stepping import TASK, assert_same_step, built, first_step
 from torch.nn import functional as F
 
-from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, load_official, save_method, save_official
-from vlmadapters.methods.clipadapter import CLIPAdapter
 from vlmadapters.methods.head_configs import CLIPAdapterConfig
 from vlmlayers.errors import UserError
 
@@ -24,14 +22,6 @@ CONFIGS = [
     CLIPAdapterConfig(ratio=0.6, text_ratio=0.3, reduction=2),
     CLIPAdapterConfig(ratio=0.0, text_ratio=1.0),
 ]
-
-
-def built(
-    config: CLIPAdapterConfig, savings: Savings | None = None, family: str = "clip"
-) -> tuple[Any, Backbone]:
-    model = shared_backbone(family)
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    return CLIPAdapter.build(config, backbone, TASK, seed=3), backbone
 
 
 @pytest.mark.parametrize("config", CONFIGS)

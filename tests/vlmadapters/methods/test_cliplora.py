@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stepping
 import torch
 from backbones import shared_backbone, some_images
 from stepping import TASK, assert_same_step, first_step, step_of
@@ -33,9 +34,7 @@ CONFIGS = [
 
 def built(config: CLIPLoRAConfig, savings: Savings | None = None, family: str = "clip") -> Any:
     """Return the method with changes that are not zero, and its backbone."""
-    model = shared_backbone(family)
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    method = CLIPLoRA.build(config, backbone, TASK, seed=3)
+    method, backbone = stepping.built(config, savings, family)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, value in method.named_parameters():

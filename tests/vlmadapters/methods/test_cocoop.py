@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from backbones import shared_backbone
-from stepping import TASK, assert_same_step, first_step, step_of
+from stepping import TASK, assert_same_step, built, first_step, step_of
 from torch.nn import functional as F
 
-from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, load_official, save_method, save_official
@@ -23,12 +21,6 @@ from vlmlayers.errors import UserError
 
 CONFIGS = [CoCoOpConfig(), CoCoOpConfig(words="", length=3)]
 NOVEL = Task(("sea lion", "Boeing 747-400"))
-
-
-def built(config: CoCoOpConfig, savings: Savings | None = None) -> Any:
-    model = shared_backbone()
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    return CoCoOp.build(config, backbone, TASK, seed=3), backbone
 
 
 def shifted(method: CoCoOp, feature: torch.Tensor) -> torch.Tensor:

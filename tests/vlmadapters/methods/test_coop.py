@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import shared_backbone
-from stepping import TASK, assert_same_step, first_step
+from stepping import TASK, assert_same_step, built, first_step
 from torch import Tensor
 
 from vlmadapters.clip.frozen import Backbone
@@ -30,12 +30,6 @@ CONFIGS = [
     CoOpConfig((), (2,), words="", length=2),
 ]
 IDS = [f"{one.placement} {one.class_at} {one.size}" for one in CONFIGS]
-
-
-def built(config: CoOpConfig, savings: Savings | None = None, task: Task = TASK) -> Any:
-    model = shared_backbone()
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    return CoOp.build(config, backbone, task, seed=3), backbone
 
 
 def sequence(context: Tensor, name: Tensor, class_at: str) -> Tensor:

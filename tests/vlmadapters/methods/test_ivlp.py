@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 from backbones import shared_backbone, some_images
-from stepping import assert_same_step, first_step
+from stepping import TASK, assert_same_step, built, first_step
 from torch import Tensor
 
-from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
-from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, load_official, save_method, save_official
 from vlmadapters.methods.deep_configs import IVLPConfig
 from vlmadapters.methods.ivlp import IVLP
@@ -21,7 +19,6 @@ from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError
 
-TASK = Task(("cat", "golden_retriever", "bus"))
 CONFIGS = [
     IVLPConfig((1, 2, 3), (1, 2, 3)),
     IVLPConfig((1,), (1,), vision_length=3, text_length=1),
@@ -30,12 +27,6 @@ CONFIGS = [
     IVLPConfig((3,), ()),
     IVLPConfig((), (2,)),
 ]
-
-
-def built(config: IVLPConfig, savings: Savings | None = None, family: str = "clip") -> Any:
-    model = shared_backbone(family)
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    return IVLP.build(config, backbone, TASK, seed=3), backbone
 
 
 @torch.no_grad()

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from backbones import shared_backbone
-from stepping import TASK, assert_same_step, first_step, step_of
+from stepping import TASK, assert_same_step, built, first_step, step_of
 from torch.nn import functional as F
 
-from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_official, save_official
 from vlmadapters.methods.configs import CoOpConfig, KgCoOpConfig
 from vlmadapters.methods.coop import CoOp
-from vlmadapters.methods.kgcoop import KgCoOp
 from vlmlayers.errors import UserError
 
 PETS = replace(TASK, own_template="a photo of a {}, a type of pet.")
-
-
-def built(config: KgCoOpConfig, savings: Savings | None = None, task: Task = TASK) -> Any:
-    model = shared_backbone()
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    return KgCoOp.build(config, backbone, task, seed=3), backbone
 
 
 @pytest.mark.parametrize(

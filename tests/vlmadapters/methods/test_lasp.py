@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stepping
 import torch
 from backbones import shared_backbone
 from stepping import TASK, assert_same_step, first_step, step_of
@@ -36,9 +37,7 @@ IDS = ["all blocks", "virtual classes", "base names", "context alone"]
 
 
 def built(config: LASPConfig, savings: Savings | None = None, family: str = "clip") -> Any:
-    model = shared_backbone(family)
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    method = LASP.build(config, backbone, TASK, seed=3)
+    method, backbone = stepping.built(config, savings, family)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # away from the start, where norms are CLIP's and the correction is 0
         for value in method.parameters():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stepping
 import torch
 from backbones import shared_backbone, some_images
 from stepping import TASK, assert_same_step, first_step, step_of
@@ -32,6 +34,7 @@ DESCRIBED = (
     ("bus", ("A large vehicle.", "Red, with two floors.", "On a road.")),
 )
 SOME = Task(TASK.class_names, descriptions=DESCRIBED)
+built = partial(stepping.built, task=SOME)
 CONFIGS = [
     LwEIBConfig((1, 2, 3), (1, 2, 3), alpha=0.3),
     LwEIBConfig((2,), (1, 3), alpha=0.1),
@@ -46,12 +49,6 @@ DRAWS = {
     "text_fast": torch.tensor([True, False, True]),
     "vision_fast": torch.tensor([False, True, True]),
 }
-
-
-def built(config: LwEIBConfig, savings: Savings | None = None, family: str = "clip") -> Any:
-    model = shared_backbone(family)
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    return LwEIB.build(config, backbone, SOME, seed=3), backbone
 
 
 def convolved(method: LwEIB, tower: str, number: int, place: str, u: Tensor, alpha: float) -> Any:

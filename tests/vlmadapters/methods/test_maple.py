@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from backbones import shared_backbone, some_images
-from stepping import TASK, assert_same_step, first_step
+from stepping import TASK, assert_same_step, built, first_step
 
-from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.files import load_method, load_official, save_method, save_official
 from vlmadapters.methods.deep_configs import IVLPConfig, MaPLeConfig
-from vlmadapters.methods.ivlp import IVLP
-from vlmadapters.methods.maple import MaPLe
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError
 
@@ -25,13 +21,6 @@ CONFIGS = [
     MaPLeConfig((2, 3), (1, 3), length=5, words=""),
     MaPLeConfig((3,), ()),
 ]
-
-
-def built(config: Any, savings: Savings | None = None, seed: int = 3) -> Any:
-    model = shared_backbone()
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    kind = MaPLe if isinstance(config, MaPLeConfig) else IVLP
-    return kind.build(config, backbone, TASK, seed), backbone
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)

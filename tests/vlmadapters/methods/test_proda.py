@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from backbones import shared_backbone
-from stepping import TASK, assert_same_step, first_step, step_of
+from stepping import TASK, assert_same_step, built, first_step, step_of
 from torch.nn import functional as F
 
-from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.files import load_method, load_official, save_method, save_official
 from vlmadapters.methods.configs import CoOpConfig, ProDAConfig
@@ -25,17 +23,11 @@ CONFIG = ProDAConfig(prompts=8, group=4, length=3)
 GROUP = torch.tensor([0, 3, 5, 6])  # a name in front, one in the middle, two at the end
 
 
-def built(config: ProDAConfig = CONFIG, savings: Savings | None = None) -> Any:
-    model = shared_backbone()
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    return ProDA.build(config, backbone, TASK, seed=3), backbone
-
-
 def test_a_quarter_of_the_names_stands_in_front_a_quarter_in_the_middle_and_half_at_the_end() -> (
     None
 ):
     """Each prompt gives the features of a CoOp with its context, the name in its place."""
-    method, backbone = built()
+    method, backbone = built(CONFIG)
     contexts = method.official_state_dict()["ctx"]
     places = ["front"] * 2 + ["middle"] * 2 + ["end"] * 4
     with torch.no_grad():
@@ -51,7 +43,7 @@ def test_a_quarter_of_the_names_stands_in_front_a_quarter_in_the_middle_and_half
 
 
 def test_logits_of_training_are_the_sums_of_the_formula() -> None:
-    method, backbone = built()
+    method, backbone = built(CONFIG)
     step = step_of(method, backbone, draws={"prompts": GROUP})
     with torch.no_grad():
         parts = method.loss_parts(step)
@@ -100,7 +92,7 @@ def test_a_pass_takes_every_prompt_once_and_the_next_or_another_seed_has_another
 
 
 def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
-    model, (method, backbone) = shared_backbone(), built()
+    model, (method, backbone) = shared_backbone(), built(CONFIG)
     paths = save_method(tmp_path / "ours", method, model, TASK), tmp_path / "theirs.pth.tar"
     save_official(paths[1], method)
     step = step_of(method, backbone, draws={"prompts": GROUP})

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from backbones import shared_backbone
-from stepping import TASK, assert_same_step, first_step, step_of
+from stepping import TASK, assert_same_step, built, first_step, step_of
 from torch.nn import functional as F
 
-from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.files import load_method, load_official, save_method, save_official
 from vlmadapters.methods.deep_configs import PromptSRCConfig
-from vlmadapters.methods.promptsrc import PromptSRC, default_templates
+from vlmadapters.methods.promptsrc import default_templates
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError
 
@@ -27,12 +26,6 @@ CONFIGS = [
     PromptSRCConfig((), (1,), templates=TEMPLATES),
     PromptSRCConfig((3,), (), templates=TEMPLATES),
 ]
-
-
-def built(config: PromptSRCConfig, savings: Savings | None = None) -> Any:
-    model = shared_backbone()
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    return PromptSRC.build(config, backbone, TASK, seed=3), backbone
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)

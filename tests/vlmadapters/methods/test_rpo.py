@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from backbones import shared_backbone, some_images
-from stepping import TASK, assert_same_step, first_step
+from stepping import TASK, assert_same_step, built, first_step
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, load_official, save_method, save_official
@@ -27,12 +26,6 @@ CONFIGS = [
     RPOConfig((2, 3), (3,), pairs=2),
     RPOConfig((1, 3), (1, 3), pairs=4),
 ]
-
-
-def built(config: RPOConfig, savings: Savings | None = None, family: str = "clip") -> Any:
-    model = shared_backbone(family)
-    backbone = Backbone(model.clip, savings, model.tokenizer)
-    return RPO.build(config, backbone, TASK, seed=3), backbone
 
 
 def masked(blocks: Any, x: Tensor, prompts: Tensor, at: Any, chosen: Any, mask: Tensor) -> Tensor:
