@@ -1,4 +1,4 @@
-"""Code of the user's own, named as `path.py:name`: rules, methods."""
+"""Code of the user's own, named as `path.py:name`, and of packages: rules, metrics, methods."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable, Collection
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
+
+
+def packaged(group: str) -> dict[str, EntryPoint]:
+    """Return what installed packages offer in a group of entry points, by name."""
+    # Read at every use: a package may be installed while a notebook is open.
+    return {point.name: point for point in entry_points(group=group)}
 
 
 def is_user_code(where: str) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmadapters.methods.code import code_mark
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.user_code import is_user_code, load_user_code
+from vlmlayers.user_code import is_user_code, load_user_code, packaged
 
 if TYPE_CHECKING:
     from vlmadapters.methods.base import Method
@@ -88,8 +87,7 @@ class Methods(Mapping[str, "type[Method]"]):
         return _MARKS[self[name]]
 
     def _offered(self) -> dict[str, str]:
-        # Read at every use: a package may be installed while a notebook is open.
-        return {point.name: point.value for point in entry_points(group=GROUP)}
+        return {name: point.value for name, point in packaged(GROUP).items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*BUILT_IN, *self._registered, *self._offered()]))

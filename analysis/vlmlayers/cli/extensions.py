@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
@@ -11,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from vlmlayers.cli.loudness import Loudness
 from vlmlayers.errors import RESUME, UserError, stop_code
+from vlmlayers.user_code import packaged
 
 LIST = re.compile(r"<list\[(\w+)\]>")  # how typer shows the type of several
 VERBS = "vlmlayers.verbs"
@@ -61,7 +61,7 @@ class Verbs(VerbGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the verbs in the order in which they are used."""
-        names = {*super().list_commands(ctx), *_extensions()}
+        names = {*super().list_commands(ctx), *packaged(VERBS)}
         return sorted(names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -78,12 +78,8 @@ class Verbs(VerbGroup):
             raise typer.Exit(stop_code(stop)) from None
 
 
-def _extensions() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=VERBS)}
-
-
 def _extension(name: str) -> Any:
-    point = _extensions().get(name)
+    point = packaged(VERBS).get(name)
     if point is None:
         return None
     made = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from vlmlayers.arguments import checked
@@ -22,6 +21,7 @@ from vlmlayers.metrics import gap, geometry, readouts, separability, transfer, t
 from vlmlayers.metrics import model_level as ml
 from vlmlayers.metrics.declare import INF, JOINT, MODEL, NEEDS, SIMILARITY, Metric
 from vlmlayers.metrics.own import packaged_metric
+from vlmlayers.user_code import packaged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -389,14 +389,9 @@ def metric(name: str, where: str = "") -> Metric:
     # A package cannot replace a shipped metric: its name would then stand for other numbers.
     if name in METRICS:
         return METRICS[name]
-    offered = _offered()
+    offered = packaged(GROUP)
     check_one_of("metric", name, [*METRICS, *offered], where)
     return packaged_metric(offered[name])
-
-
-def _offered() -> dict[str, EntryPoint]:
-    # Read at every use: a package may be installed while a notebook is open.
-    return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def find_metric(name: str) -> Metric | None:
@@ -419,7 +414,7 @@ def table(names: Sequence[str] | None = None) -> pd.DataFrame:
     """
     import pandas as pd
 
-    every = dict.fromkeys([*METRICS, *_offered()]) if names is None else names
+    every = dict.fromkeys([*METRICS, *packaged(GROUP)]) if names is None else names
     entries = {name: metric(name) for name in every}
     rows = [
         {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from importlib.metadata import entry_points
 from typing import Any
 
 from vlmlayers.arguments import checked
@@ -15,7 +14,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable
 from vlmlayers.selection.rules import RULES, Pick, Picks, Rule
-from vlmlayers.user_code import is_user_code, load_user_code, name_of
+from vlmlayers.user_code import is_user_code, load_user_code, name_of, packaged
 
 GROUP = "vlmlayers.rules"
 
@@ -27,7 +26,7 @@ def make_rule(rule: str | Callable[..., Any], options: Mapping[str, Any]) -> Any
     Raises:
         UserError: The rule or an option of it is unknown, or a value has the wrong type.
     """
-    plugins = {found.name: found for found in entry_points(group=GROUP)}
+    plugins = packaged(GROUP)
     if not isinstance(rule, str):
         return OwnRule(name_of(rule, "rule", RULES), rule, dict(options))
     if is_user_code(rule):

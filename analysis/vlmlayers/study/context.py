@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from vlmlayers.progress import is_hidden, timed
 from vlmlayers.runs import Run, device_kind, file_mark, versions
 from vlmlayers.selection import LayerChoice
 from vlmlayers.study.schema import DatasetPart, ModelPart, Study
-from vlmlayers.user_code import is_user_code
+from vlmlayers.user_code import is_user_code, packaged
 
 LOG = logging.getLogger(__name__)
 ADAPTERS = "vlmlayers.adapters"
@@ -335,7 +334,7 @@ class StageContext:
 def attacher(adapter: str) -> Any:
     """Return what attaches an adapter's file to a model permanently, and checks a method's name."""
     # By entry point: this package must not import the one that is built on it.
-    found = {point.name: point for point in entry_points(group=ADAPTERS)}
+    found = packaged(ADAPTERS)
     if "attach" not in found:
         raise UserError(
             f"no package offers to attach the adapter {adapter}; install vlmadapters again"

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from vlmlayers.placement import is_choice
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import environment, file_mark, fingerprint
 from vlmlayers.study.context import StageContext, StudyDataset
-from vlmlayers.user_code import code_file, is_user_code
+from vlmlayers.user_code import code_file, is_user_code, packaged
 from vlmlayers.words import counted
 
 GROUP = "vlmlayers.stages"
@@ -380,7 +380,7 @@ def installed_stage(stage: str) -> InstalledStage:
     Raises:
         UserError: No package does.
     """
-    found = {point.name: point for point in entry_points(group=GROUP)}
+    found = packaged(GROUP)
     if stage not in found:
         raise UserError(
             f"no package offers the stage {stage!r}; install vlmadapters, or drop the "

@@ -441,13 +441,11 @@ def test_settings() -> None:
 
 def test_a_broken_extension_says_so(call, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     class Broken:
-        name = "broken"
-
         @staticmethod
         def load() -> object:
             raise ImportError("no module named lost")
 
-    monkeypatch.setattr(extensions, "entry_points", lambda group: [Broken()])
+    monkeypatch.setattr(extensions, "packaged", lambda group: {"broken": Broken()})
     code, _, err = call("broken")
     assert code == 2 and "cannot be loaded: no module named lost" in err
 

@@ -21,7 +21,7 @@ import peft
 import pytest
 import tiny
 import torch
-from starts import remount
+from starts import content, remount
 from torch import nn
 
 from vlmlayers.errors import UserError
@@ -48,13 +48,6 @@ HERE = Path(__file__).parent
 def run(out, manifest=None, model=MODEL, split="train", **options):
     options = {"batch_size": 4, "progress": False, "text": "captions", **options}
     return extract(model, manifest or tiny.DrawnManifest(), split, out=out, **options)
-
-
-def content(folder):
-    """Return every file of a store with its bytes."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
