@@ -112,11 +112,27 @@ def zero_shot_margins(x: Given, prompts: Given, labels: Any) -> Array:
 
     Reference: Radford et al. 2021, section 3.1.
     """
-    x, prompts = unit(x), unit(prompts, "prompts", 2)
-    refuse_width(prompts, "prompts", x, "images")
-    similar = x @ prompts.T  # (item, class)
+    similar = _cosines_with(x, prompts)
     own = np.eye(similar.shape[1], dtype=bool)[class_ids(labels, *similar.shape)]
     return np.asarray(similar[own] - np.where(own, -np.inf, similar).max(axis=1))
+
+
+def chance_margin(x: Given, prompts: Given, labels: Any) -> float:
+    """Return the mean of `zero_shot_margins` over every way to deal the labels to the items."""
+    similar = _cosines_with(x, prompts)
+    share = np.bincount(class_ids(labels, *similar.shape), minlength=similar.shape[1]) / len(
+        similar
+    )
+    second, first = np.partition(similar, -2, axis=1)[:, -2:].T[..., None]  # (item, 1) each
+    nearest = np.where(similar == first, second, first)  # prompt other than that of each class
+    return float((similar - nearest).mean(axis=0) @ share)
+
+
+def _cosines_with(x: Given, prompts: Given) -> Array:
+    """Return the cosine of every item with every prompt, (item, class)."""
+    x, prompts = unit(x), unit(prompts, "prompts", 2)
+    refuse_width(prompts, "prompts", x, "images")
+    return x @ prompts.T
 
 
 def _refuse_unpaired(x: Array, y: Array) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from vlmlayers.arguments import Count, Seed, checked
@@ -19,6 +18,7 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests import Item
 from vlmlayers.metrics.model_level import (
     accuracy_drops,
+    chance_margin,
     contribution_shares,
     joint_changes,
     zero_shot_margins,
@@ -37,8 +37,6 @@ from vlmlayers.scores.schema import score_frame
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SHUFFLED = 3  # key of a draw, which recorded values depend on
 
 
 @on_cpu()
@@ -80,7 +78,7 @@ def examine(
         alone. The null is what a block gives that does nothing: 0; of `gradient_alignment` it is
         the mean over five shuffles of the labels inside each half of the classes, of
         `relative_gradient_norm` that with the labels of each batch shuffled, and of
-        `zero_shot_margin`, which has one row per dataset, that with all labels shuffled.
+        `zero_shot_margin`, which has one row per dataset, the mean over all ways to shuffle them.
         `attrs["refused"]` says what could not be computed, and why: `contribution` of a tower with
         an attention pool, `gradient_alignment` of fewer than four classes.
 
@@ -150,12 +148,8 @@ def _contribution(table: Rows, name: str) -> None:
 
 def _margin(table: Rows, name: str) -> None:
     """Add how clearly images match their class: how near the dataset is to the pretraining."""
-    labels, side = table.inputs.labels, table.base
-    shuffled = np.random.default_rng([table.seed, SHUFFLED]).permutation(labels)
-    found, chance = (
-        zero_shot_margins(side["vision"], side["text"], truth) for truth in (labels, shuffled)
-    )
-    table.add_mean(name, "vision", PROJ, found, float(chance.mean()))
+    given = table.base["vision"], table.base["text"], table.inputs.labels
+    table.add_mean(name, "vision", PROJ, zero_shot_margins(*given), chance_margin(*given))
 
 
 _MEASURES: Mapping[str, Callable[[Rows, str], None]] = MappingProxyType(

@@ -181,8 +181,9 @@ class Rows:
         A `difference` of right and wrong has a width where it is the same of all items as well, and
         reaches both ways: no item of few has changed is not none of all. See `mean_interval`.
         """
-        labels = self.inputs.labels
-        strata = labels if len(values) == len(labels) else np.zeros(len(values), np.int64)
+        # By place, not by number: there may be as many prompts as images.
+        of_images = tower == "vision" or difference
+        strata = self.inputs.labels if of_images else np.zeros(len(values), np.int64)
         rng = np.random.default_rng([self.seed, WEIGHTS])
         weights = bootstrap_weights(strata, self.draws, rng)
         interval = mean_interval(values, weights, difference=difference)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
+from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,8 +20,9 @@ import vlmlayers as vl
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import METRICS
 from vlmlayers.metrics.declare import MODEL
+from vlmlayers.metrics.model_level import chance_margin, zero_shot_margins
 from vlmlayers.models import VLM, contributions, examine, gradients, load_model, wrap_model
-from vlmlayers.models.examined import Inputs
+from vlmlayers.models.examined import Inputs, Rows
 from vlmlayers.models.recording import block_outputs
 from vlmlayers.models.tower import Tower
 from vlmlayers.models.transformers_towers import pack
@@ -354,6 +357,27 @@ def test_the_margin_is_that_of_a_loop_over_images(silenced) -> None:
     (row,) = table[table.metric == "zero_shot_margin"].to_dict("records")
     assert row["value"] == pytest.approx(np.mean(margins), abs=1e-5)
     assert row["low"] < row["value"] < row["high"] and row["position"] == "proj"
+
+
+def test_the_chance_of_the_margin_is_its_mean_over_all_ways_to_deal_the_labels() -> None:
+    rng = np.random.default_rng(0)
+    x, prompts, labels = rng.normal(size=(6, 4)), rng.normal(size=(3, 4)), [0, 0, 0, 1, 1, 2]
+    dealt = [zero_shot_margins(x, prompts, list(one)).mean() for one in permutations(labels)]
+    assert chance_margin(x, prompts, labels) == pytest.approx(np.mean(dealt), abs=1e-12)
+
+
+def test_prompts_are_no_images_where_there_are_as_many(silenced) -> None:
+    """Resampled inside the classes of images, prompts would not vary where their values do."""
+    model, _ = silenced
+    values = np.repeat([0.0, 1.0], 5)
+    inputs = SimpleNamespace(labels=np.repeat([0, 1], 5), dataset="few", model=model)
+    rows = Rows.__new__(Rows)
+    rows.inputs, rows.split, rows.seed, rows.draws, rows.rows = inputs, "val", 0, 200, []
+    rows.add_mean("joint_change", "text", "1", values)
+    rows.add_mean("joint_change", "vision", "1", values)
+    prompts, images = rows.rows
+    assert prompts["low"] < 0.3 and prompts["high"] > 0.7
+    assert images["low"] == pytest.approx(0.5) == images["high"]
 
 
 def test_the_model_is_left_as_it_was() -> None:
