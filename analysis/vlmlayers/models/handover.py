@@ -38,7 +38,7 @@ def block_names(model: Any) -> dict[str, tuple[str, ...]]:
     module = _module(model)
     # By identity: towers are found inside a wrapper, and names are those seen from outside.
     names = {id(part): name for name, part in module.named_modules(remove_duplicate=False)}
-    towers = find_towers(unwrapped(module))
+    towers = find_towers(unwrapped(module, say=False))
     return {name: tuple(names[id(b)] for b in tower.blocks) for name, tower in towers.items()}
 
 
@@ -202,7 +202,7 @@ def _module(model: Any) -> nn.Module:
 def _chosen(module: nn.Module, placement: Placement) -> dict[str, list[nn.Module]]:
     if not placement:
         raise UserError("the choice names no block; there is nothing to adapt")
-    towers = find_towers(unwrapped(module))
+    towers = find_towers(unwrapped(module, say=False))
     placement.check({name: tower.depth for name, tower in towers.items()}, "the choice")
     return {
         name: [tower.blocks[block - 1] for block in placement.blocks(name)]

@@ -10,17 +10,17 @@ from torch import nn
 LOG = logging.getLogger(__name__)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module, say: bool = True) -> nn.Module:
     """Return the model inside `DataParallel`, `DistributedDataParallel`, `torch.compile` or peft.
 
-    Hooks do not fire on these wrappers, or fire in copies. The log says what was taken off; what a
-    peft wrapper put inside the model stays there and is measured with it.
+    Hooks do not fire on these wrappers, or fire in copies. The log says what was taken off, unless
+    the model is only looked at; what a peft wrapper put inside stays there and is measured too.
     """
     words: list[str] = []
     while (inside := _inside(model)) is not None:
         words.append(type(model).__name__ if inside[0] == "" else inside[0])
         model = inside[1]
-    if words:
+    if words and say:
         LOG.warning("took %s out of %s", type(model).__name__, ", ".join(words))
     return model
 

@@ -166,6 +166,15 @@ def test_what_trains_outside_the_chosen_blocks_is_told(caplog: pytest.LogCapture
     assert "as logit_scale" in caplog.text
 
 
+def test_a_wrapper_is_not_taken_off_where_blocks_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It reads as if peft had been undone, and came twice with each call."""
+    clip = tiny.build("clip")
+    CHOICE.parameter_groups(peft.get_peft_model(clip, CHOICE.to_peft(clip, r=2)))
+    assert not caplog.messages
+
+
 def test_biases_of_all_blocks_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     peft = pytest.importorskip("peft")
     clip = tiny.build("clip")
