@@ -13,6 +13,7 @@ from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, shortened
 from vlmlayers.positions import is_block
 from vlmlayers.progress import switched_on
+from vlmlayers.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +103,7 @@ def colours_of(palette: Any, names: Sequence[str]) -> dict[str, Any]:
     """Return the colour of each name in a palette as seaborn takes it.
 
     Raises:
-        UserError: It is no palette, or a mapping without one of the names.
+        UserError: It is no palette, or has no colour for one of the names.
     """
     import seaborn as sns
 
@@ -113,12 +114,18 @@ def colours_of(palette: Any, names: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"palette has no colour for {name!r}; it has {known}")
         palette = [palette[name] for name in names]
     try:
-        return dict(zip(names, sns.color_palette(palette, len(names))))
+        colours = sns.color_palette(palette, len(names))
     except (TypeError, ValueError):
         raise UserError(
             "palette takes the name of one of seaborn's, colours, or a mapping to colours, not "
             f"{shortened(repr(palette))}"
         ) from None
+    if isinstance(palette, list | tuple) and len(palette) < len(names):  # seaborn starts over
+        raise UserError(
+            f"palette has {counted(len(palette), 'colour')}, and there are {len(names)} to colour: "
+            f"{shortened(', '.join(names))}"
+        )
+    return dict(zip(names, colours))
 
 
 def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
