@@ -229,9 +229,10 @@ def _pair(label: str, given: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     placed = Placement.parse(given) if isinstance(given, str) else given
     if hasattr(placed, "vision") and hasattr(placed, "text"):
         placed = placed.vision, placed.text
-    if not isinstance(placed, Sequence) or len(placed) != 2:
+    # Of [5, 6] nothing tells whether two blocks are meant or one of each tower.
+    if not isinstance(placed, Sequence) or len(placed) != 2 or set(map(type, placed)) == {int}:
         raise UserError(
-            f"placement {label!r} takes text such as 'v5-12,t5-12' or a (vision, text) pair, not "
+            f"placement {label!r} takes text such as 'v5-12,t5-12' or a pair ([5, 6], [7]), not "
             f"{given!r}"
         )
     return parse_blocks(placed[0]), parse_blocks(placed[1])

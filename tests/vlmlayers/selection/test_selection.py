@@ -836,7 +836,7 @@ def test_a_placement_is_predicted_however_it_is_written() -> None:
     found = predict(planted(), ways, ["contrast_accuracy"])
     expected = placement_score(planted(), "3-5", "4", "contrast_accuracy")
     assert (found["predicted"] == expected).all() and set(found["vision"]) == {"3 4 5"}
-    for wrong in (3, ((1, 2),), {"vision": [1]}):
+    for wrong in (3, ((1, 2),), {"vision": [1]}, [5, 6]):
         with pytest.raises(UserError, match="placement 'a' takes text such as"):
             predict(planted(), {"a": wrong}, ["contrast_accuracy"])
 
