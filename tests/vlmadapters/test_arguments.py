@@ -119,6 +119,7 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
         (lambda: train(placement=[]), "there is no placement to train"),
         (lambda: train(recipe=[]), "there is no recipe to train"),
         (lambda: train(method=[]), "there is no method to train"),
+        (lambda: train(placement=[5, 6]), "a placement is text such as '5-12'; this is 5"),
         (
             lambda: train(placement="2", save_adapters=True),
             "saves adapters beside the cells in out",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.placement import Placement, runs
 from vlmlayers.positions import TOWERS
 
@@ -114,7 +114,10 @@ class MethodConfig:
             raise UserError(cls._no_placement())
         found = choice if isinstance(choice, Mapping) else getattr(choice, "__dict__", {})
         if not {"vision", "text"} <= set(found):
-            raise UserError("a layer choice needs the keys 'vision' and 'text'")
+            raise UserError(
+                "a layer choice needs the keys 'vision' and 'text', and a placement is text such "
+                f"as '5-12'; this is {shortened(repr(choice))}"
+            )
         return cls(**{tower: tuple(found[tower]) for tower in cls.towers}, **options)
 
     @classmethod
