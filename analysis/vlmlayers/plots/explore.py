@@ -57,7 +57,7 @@ def explore(
         limit: Items at most of each dataset and tower.
 
     Returns:
-        An `altair.Chart`, which Jupyter shows without a network.
+        An `altair.Chart`, which Jupyter shows without a network, as does a page that it saves.
 
     Raises:
         UserError: Altair or vl-convert is not installed, an image is missing, or what
@@ -145,6 +145,10 @@ def _offline_chart() -> type:
             page = html.escape(self.to_html(inline=True))
             frame = f'width="{FRAME[0]}" height="{FRAME[1]}" style="border:0;max-width:100%"'
             return {"text/html": f'<iframe title="Features" srcdoc="{page}" {frame}></iframe>'}
+
+        def save(self, fp: Any, format: Any = None, *args: Any, **options: Any) -> None:
+            options.setdefault("inline", format == "html" or str(fp).endswith(".html"))
+            super().save(fp, format, *args, **options)
 
     return OfflineChart
 

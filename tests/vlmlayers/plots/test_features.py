@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,13 +249,14 @@ def test_captioned_images_without_classes_are_drawn() -> None:
         vl.plots.scatter(features, 1, space="joint", colour="class")
 
 
-def test_explore_shows_itself_without_a_network() -> None:
+def test_explore_shows_itself_without_a_network(tmp_path: Path) -> None:
     pytest.importorskip("vl_convert", reason="needs the extra 'notebooks'")
     chart = vl.explore(planted(), methods=["pca"], thumbnail=False, space="joint")
     shown = html.unescape(chart._repr_mimebundle_()["text/html"])
     assert "vegaEmbed(" in shown, "the page inside the frame draws it"
     assert not re.search(r"""(src|href)=["']?https?:""", shown)
-    assert "cdn.jsdelivr" not in shown
+    chart.save(tmp_path / "points.html")
+    assert all("cdn.jsdelivr" not in s for s in (shown, (tmp_path / "points.html").read_text()))
 
 
 def inline(chart: dict, data: dict) -> list[dict]:
