@@ -243,7 +243,7 @@ class Answer:
         why = _not_of(self.choice, self.scores)
         if not why and "search" not in self.choice.evidence and (lost := self.unscored):
             why = f"they hold nothing of the {join(lost)} tower"
-        again = f"run `{shlex.join(['vlmlayers', 'select', folder])}` again"
+        again = f"run {shlex.join(['vlmlayers', 'select', folder])} again"
         return f"the choice was made from other scores than these ({why}); {again}" if why else ""
 
     @cached_property
@@ -256,7 +256,7 @@ class Answer:
             return ""
         tried = self.validation.placements["placement"].astype(str)
         why = untrained(self.choice.placement, self.validation.chosen, tried)
-        again = f"run `vlmlayers validate` again with --choice {shlex.quote(str(self.run.folder))}"
+        again = f"run vlmlayers validate again with --choice {shlex.quote(str(self.run.folder))}"
         return f"{why}; {again}" if why else ""
 
     @property

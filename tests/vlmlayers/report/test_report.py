@@ -328,6 +328,7 @@ def test_a_validation_of_another_choice_is_told(tmp_path: Path) -> None:
     assert other.unproved.startswith(
         "the choice was not trained: v5-12,t5-12 stood for it in the validation, and it is v7-8,t5-"
     )
+    assert "`" not in other.unproved  # as a page shows it
     assert "the choice was not trained" in written(run)
     assert dict(other.facts())["Proved by training"].startswith("of the choice of then, v5-12,t5-")
     assert summary_table([("a", other)]).rows[0][-1] == "–"
