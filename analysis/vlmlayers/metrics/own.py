@@ -59,11 +59,25 @@ def packaged_metric(offer: EntryPoint) -> Metric:
         return _entry(offer.name, found)
     if found.needs == MODEL or found.base:
         raise UserError(f"{offer.value} needs more than features, as metrics of packages cannot")
-    check_one_of("needs", found.needs, NEEDS, where=offer.value)
+    return declared(found, offer.value)
+
+
+def declared(found: Any, where: str) -> Metric:
+    """Return what stands for a metric if it declares what its protocol reads.
+
+    Raises:
+        UserError: It is no `Metric`, or says nothing, or something wrong, that is needed.
+    """
+    if not isinstance(found, Metric):
+        raise UserError(
+            f"{where} is a value of type {type(found).__name__}, no vlmlayers.metrics.Metric; a "
+            "function goes into metrics= as it is"
+        )
+    check_one_of("needs", found.needs, NEEDS, where=where)
     lacking = [name for name in READ.get(found.needs, ()) if not getattr(found, name)]
     if lacking or (found.needs == "queries" and not callable(found.null)):
         raise UserError(
-            f"{offer.value} needs {found.needs!r}, whose protocol reads "
+            f"{where} needs {found.needs!r}, whose protocol reads "
             f"{' and '.join(lacking) or 'a null that is a function'}; declare it"
         )
     return found

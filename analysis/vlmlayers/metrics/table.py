@@ -20,7 +20,7 @@ from vlmlayers.metrics import dataset_level as dl
 from vlmlayers.metrics import gap, geometry, readouts, separability, transfer, transferability
 from vlmlayers.metrics import model_level as ml
 from vlmlayers.metrics.declare import INF, JOINT, MODEL, NEEDS, SIMILARITY, Metric
-from vlmlayers.metrics.own import packaged_metric
+from vlmlayers.metrics.own import declared, packaged_metric
 from vlmlayers.user_code import packaged
 
 if TYPE_CHECKING:
@@ -388,7 +388,7 @@ def metric(name: str, where: str = "") -> Metric:
     """
     # A package cannot replace a shipped metric: its name would then stand for other numbers.
     if name in METRICS:
-        return METRICS[name]
+        return declared(METRICS[name], f"METRICS[{name!r}]")  # a user may have put it there
     offered = packaged(GROUP)
     check_one_of("metric", name, [*METRICS, *offered], where)
     return packaged_metric(offered[name])

@@ -234,8 +234,9 @@ def chosen_metrics(
             serve as a metric.
     """
     chosen: dict[str, Metric] = {}
-    of_features = [name for name, entry in METRICS.items() if entry.needs != MODEL]
-    for given in of_features if metrics is None else metrics:
+    if metrics is None:
+        metrics = [name for name, entry in METRICS.items() if entry.needs != MODEL]
+    for given in metrics:
         if isinstance(given, str) and not is_user_code(given):
             chosen[given] = metric(given)
             if chosen[given].needs == MODEL:

@@ -11,7 +11,7 @@ from synthetic import make_features, many
 
 import vlmlayers as vl
 from vlmlayers.errors import UserError
-from vlmlayers.metrics import fisher_ratio
+from vlmlayers.metrics import METRICS, Metric, fisher_ratio
 from vlmlayers.scores import refusals
 
 QUICK = {"bootstrap": 20, "shuffles": 3, "jackknife": 5}
@@ -111,6 +111,22 @@ def test_what_cannot_be_resampled_has_a_value_and_no_interval() -> None:
 def test_what_cannot_be_a_metric_is_refused(function: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         vl.score(make_features(), [function])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (mean_norm, r"METRICS\['mine'\] is a value of type function, no vlmlayers.metrics.Metric"),
+        (Metric(mean_norm, "own", "feature", "", ""), "unknown needs 'feature' in METRICS"),
+        (Metric(mean_norm, "own", "queries", "", ""), r"METRICS\['mine'\] needs 'queries', whose"),
+    ],
+)
+def test_what_a_notebook_declares_wrongly_is_named(
+    monkeypatch: pytest.MonkeyPatch, entry: object, message: str
+) -> None:
+    monkeypatch.setitem(METRICS, "mine", entry)
+    with pytest.raises(UserError, match=message):
+        vl.score(make_features(), ["mine"])
 
 
 def test_a_metric_from_a_file(tmp_path: Path, scores: pd.DataFrame) -> None:
