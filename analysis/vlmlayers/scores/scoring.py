@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Source = tuple[LayerFeatures, TowerFeatures]
+ROUNDING = 1e-3  # of values computed in float32, which may pass a bound that the true one reaches
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +143,16 @@ class Point:
         """Add one value; the options are noted beside it.
 
         Raises:
-            UserError: The value is not a number; nothing silent enters the table.
+            UserError: The value is not a number, or none that the metric says it can be; nothing
+                silent enters the table.
         """
         if not np.isfinite(value):
             raise UserError(f"{self.name} is {value}")
+        least, most = self.metric.bounds
+        if not least - ROUNDING <= value <= most + ROUNDING:  # its interval would be cut off it
+            raise UserError(
+                f"{self.name} is {value:.4g}, and declares bounds of {least:g} and {most:g}"
+            )
         # Jackknife and normal intervals are symmetric and may reach where no value can be.
         low, high = np.clip(interval, *self.metric.bounds)
         if np.isnan(low):  # wherever it was lost

@@ -129,6 +129,13 @@ def test_what_a_notebook_declares_wrongly_is_named(
         vl.score(make_features(), ["mine"])
 
 
+def test_a_value_outside_its_declared_bounds_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped to them, its interval would not hold it."""
+    monkeypatch.setitem(METRICS, "mine", Metric(mean_norm, "own", "features", "", ""))
+    with pytest.raises(UserError, match=r"mine is \d.*, and declares bounds of 0 and 1"):
+        vl.score(make_features(), ["mine"], **QUICK)
+
+
 def test_a_metric_from_a_file(tmp_path: Path, scores: pd.DataFrame) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def mean_norm(x):\n    return (x ** 2).sum(axis=1).__pow__(0.5).mean()\n")
