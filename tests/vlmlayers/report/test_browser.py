@@ -164,6 +164,21 @@ def test_a_heat_map_names_datasets_as_they_are_called(tab: Tab, pages: dict[str,
     assert set(DATASETS) < set(shown) and {"Embed", "Proj"} < set(shown)
 
 
+def test_long_names_with_one_beginning_stay_apart(tab: Tab, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    scores = read_scores(run.folder)
+    same = "photographs of the same institute in "
+    names = {name: f"{same}{year}" for year, name in enumerate(DATASETS, 2021)}
+    write_scores(scores.assign(dataset=scores["dataset"].replace(names)), run.folder)
+    load(tab, write_report(run.folder))
+    shown = tab.run(
+        "[...document.querySelectorAll('figure[data-chart=datasets] .plot text')]"
+        ".map(t => t.textContent).filter(t => t.startsWith('photographs'))"
+    )
+    assert len(shown) == len(set(shown)) == len(DATASETS)
+    assert all(len(name) < len(same) for name in shown)
+
+
 def test_values_show_on_hover_and_by_keyboard(tab: Tab, pages: dict[str, Path]) -> None:
     load(tab, pages["report"])
     plot = "document.querySelector('figure[data-chart=curves] .plot')"

@@ -12,6 +12,9 @@
     [138, 134, 120], [165, 156, 116], [195, 179, 105], [225, 204, 85], [254, 232, 56]];
   const POOLED = "all datasets, pooled", MEAN = "mean over datasets";
 
+  // In the middle: names of datasets and models often share their beginning.
+  const cut = (name, room) => name.length > room ? `${name.slice(0, Math.ceil(room / 2))}…${name.slice(1 - Math.floor(room / 2))}` : name;
+
   const node = (name, attributes = {}, text) => {
     const made = document.createElementNS(NS, name);
     for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -188,7 +191,7 @@
       const [lx, ly] = [left + (i % columns) * cell, 12 + Math.floor(i / columns) * 18];
       const room = Math.floor((cell - 34) / 6.4);
       svg.append(node("line", { x1: lx, x2: lx + 22, y1: ly, y2: ly, stroke: s.colour, "stroke-width": 2, "stroke-dasharray": s.dash || "none" }),
-        node("text", { x: lx + 28, y: ly + 4, fill: "#1B1B1F" }, s.name.length > room ? `${s.name.slice(0, room - 1)}…` : s.name));
+        node("text", { x: lx + 28, y: ly + 4, fill: "#1B1B1F" }, cut(s.name, room)));
     });
     svg.append(...names);
     if (DATA.random) svg.append(node("text", { x: right, y: top + 12, "text-anchor": "end", fill: "#8A1F1F", "font-weight": 600 }, "random weights"));
@@ -249,7 +252,7 @@
     const every = Math.max(1, Math.ceil(14 / cell));
     names.forEach((name, r) => {
       if (!spec.square || r % Math.ceil(13 / tall) === 0) svg.append(node("text", { x: left - 8, y: top + (r + 0.5) * tall + 4, "text-anchor": "end", fill: "#55555E" },
-        name.length > fit && fit > 3 ? `${name.slice(0, fit - 1)}…` : spec.square ? title(name) : name));
+        name.length > fit && fit > 3 ? cut(name, fit) : spec.square ? title(name) : name));
       spec.columns.forEach((column, c) => {
         const value = spec.values[r][c];
         svg.append(node("rect", { x: left + c * cell, y: top + r * tall, width: cell + 0.3, height: tall + 0.3,
