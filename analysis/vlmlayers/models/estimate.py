@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmlayers.arguments import Natural, checked
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, shortened
 from vlmlayers.metrics.moments import ClassMoments, Moments
 from vlmlayers.models.decoding import decode, decoding_processes
 from vlmlayers.models.devices import memory_errors, resolve_precision
@@ -290,7 +290,16 @@ def estimate(
         out: Folder of the planned store; its disk's free space is compared.
         workers: Decoding processes; None as `extract` chooses them.
         **options: See `measure_costs`.
+
+    Raises:
+        UserError: What is planned is not in pairs.
     """
+    for one in planned:
+        if not isinstance(one, tuple | list) or len(one) != 2:
+            raise UserError(
+                "estimate: planned takes pairs of a manifest and its items, such as "
+                f"[(manifest, manifest.items('train'))], not {shortened(repr(one))}"
+            )
     disk = None if out is None else _existing(Path(out))
     costs = [measure_costs(model, made, items, disk=disk, **options) for made, items in planned]
     rows = [

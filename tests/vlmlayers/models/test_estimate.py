@@ -99,6 +99,8 @@ def test_the_text_names_the_plan(tmp_path):
     assert "free on this disk" in text
     with pytest.raises(UserError, match="nothing to estimate"):
         estimate(tiny.model(), [(manifest, [])])
+    with pytest.raises(UserError, match="planned takes pairs of a manifest and its items"):
+        estimate(tiny.model(), "faces")
 
 
 class Clock:
