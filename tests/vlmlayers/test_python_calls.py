@@ -122,6 +122,7 @@ def test_features_are_walked_by_the_names_that_brackets_take() -> None:
         (lambda: extract(skip_unreadable="yes"), "skip_unreadable is 'yes'; true or false"),
         (lambda: extract(skip_unreadable=1), "skip_unreadable is 1; true or false is needed"),
         (lambda: extract("no/such/folder"), "no/such/folder"),
+        (lambda: arrays().vision[1, :, 0], "rows and columns are those of the array"),
         (lambda: arrays().vision.take([4]), "there is no row 4; valid: 0 to 3"),
         (lambda: arrays().take_images([-5]), "there is no row -5; valid: 0 to 3"),
         (lambda: arrays().take_images([0.5]), "0.5 at item 0; expected whole numbers"),

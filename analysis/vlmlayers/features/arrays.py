@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmlayers.arguments import Position, checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.metrics.checks import numbers
 from vlmlayers.positions import (
     ATTENTION,
@@ -129,6 +129,11 @@ class TowerFeatures:
 
         features.vision["6"], features.vision[6], features.vision["proj", "joint"]
         """
+        if isinstance(where, tuple) and len(where) != 2:
+            raise UserError(
+                f"{self.tower} features have a position, or position and space, and no "
+                f"{shortened(repr(where))}; rows and columns are those of the array: [6][:, 0]"
+            )
         # The first space recorded: `native` unless the extraction asked for others.
         position, space = where if isinstance(where, tuple) else (where, self.spaces[0])
         return self.array(position, space)
