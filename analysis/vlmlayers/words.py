@@ -94,6 +94,6 @@ def _bound(value: float) -> str:
 
 
 def _whole(share: float) -> str:
-    if 0 < share < 0.005:
+    if 0 < share <= 0.005:  # half a percent itself is rounded to none
         return "< 1"
     return "> 99" if 0.995 <= share < 1 else f"{100 * share:.0f}"

@@ -443,6 +443,7 @@ def test_the_closest_pairs_of_two_splits_or_poolings_are_no_matrix() -> None:
         (lambda: by_dataset(palette=["red"]), "palette has 1 colour, and there are "),
         (lambda: by_dataset(palette=3), "palette takes .*, not 3"),
         (lambda: by_dataset(palette="tab10", color="red"), "name a hue, and no color beside it"),
+        (lambda: by_dataset(color="red"), "color would draw every dataset alike"),
         (lambda: by_dataset(palette="tab10", hue=None), "palette colours the values of hue"),
         (lambda: by_dataset(color="rde"), "color is 'rde', which is no colour"),
         (

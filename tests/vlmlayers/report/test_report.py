@@ -965,8 +965,8 @@ def test_words_are_explained_once_and_figures_come_as_one_archive(validated: Run
 
 
 def test_a_share_is_none_or_all_only_where_it_is() -> None:
-    assert [percent(one) for one in (0, 0.002, 0.5, 0.746, 0.997, 1)] == [
-        "0 %", "< 1 %", "50 %", "75 %", "> 99 %", "100 %",
+    assert [percent(one) for one in (0, 0.002, 0.005, 0.5, 0.746, 0.997, 1)] == [
+        "0 %", "< 1 %", "< 1 %", "50 %", "75 %", "> 99 %", "100 %",
     ]  # fmt: skip
     assert percent(0.25, 0.6) == "25–60 %" and percent(0.001, 1) == "< 1–100 %"
 
