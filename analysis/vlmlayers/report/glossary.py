@@ -39,17 +39,22 @@ _TERM = re.compile(rf"\b({'|'.join(map(re.escape, _LONGEST_FIRST))})(?=s?\b)", r
 _TERMS = {term.casefold(): meaning for term, meaning in GLOSSARY.items()}
 
 
-def explained(text: str) -> Any:
-    """Return text as HTML in which the first use of each known word carries its meaning."""
+def explained(text: str, told: list[str] | None = None) -> Any:
+    """Return text as HTML in which the first use of each known word carries its meaning.
+
+    Args:
+        text: The text.
+        told: Words explained before, as in other clauses of a fact; those of this one are added.
+    """
     from markupsafe import Markup, escape
 
-    seen: set[str] = set()
+    seen = [] if told is None else told
 
     def explain(match: re.Match[str]) -> str:
         word = match.group(0)
         if word.casefold() in seen:
             return word
-        seen.add(word.casefold())
+        seen.append(word.casefold())
         meaning = escape(_TERMS[word.casefold()])
         return f'<abbr tabindex="0" title="{meaning}">{word}</abbr>'
 

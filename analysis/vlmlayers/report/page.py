@@ -44,7 +44,11 @@ WHY = (
     "all datasets share and are better left frozen (Yang et al., MMA: Multi-Modal Adapter for "
     "Vision-Language Models, CVPR 2024)."
 )
-PART = re.compile(r"\b[vt]?\d+-\d+\b|\bzero-shot\b")  # of a placement, as `Placement` writes it
+TAG = r"<[^>]*>"  # whose attributes stay as they are
+# Of a placement, as `Placement` writes it.
+PART = re.compile(rf"{TAG}|\b[vt]?\d+-\d+\b|\bzero-shot\b")
+END = re.compile(r"[(\[]|[)\]]|; |\. (?=[A-Z])")  # of a clause, where no bracket is open
+MANY, SHORT = 4, 40  # clauses of a fact that are read one by one; letters of one that is none
 BETWEEN_PARTS = re.compile(r",(?=(<span[^>]*>)?[vt][\d-])")
 FIRST = (*DATASET_ACCURACIES, "class_accuracy", "zero_shot_accuracy")
 
@@ -142,6 +146,7 @@ def _environment() -> jinja2.Environment:
     )
     made.filters["explained"] = explained
     made.filters["unbroken"] = _unbroken
+    made.filters["clauses"] = _clauses
     return made
 
 
@@ -149,8 +154,29 @@ def _unbroken(text: str) -> Any:
     """Return text as HTML whose lines break between the parts of a placement, not inside one."""
     from markupsafe import Markup, escape
 
-    words = PART.sub(r'<span class="whole">\g<0></span>', str(escape(text)))
+    def whole(match: re.Match[str]) -> str:
+        part = match.group(0)
+        return part if part.startswith("<") else f'<span class="whole">{part}</span>'
+
+    words = PART.sub(whole, str(escape(text)))
     return Markup(BETWEEN_PARTS.sub(",<wbr>", words))
+
+
+def _clauses(text: str) -> list[str]:
+    """Return the clauses of a long fact, one each; a short one as it is."""
+    found, begin, depth = [""], 0, 0
+    for match in [*END.finditer(text), None]:
+        mark, end = (match.group(), match.end()) if match else ("", len(text))
+        depth += (mark in ("(", "[")) - (mark in (")", "]"))
+        if match and (mark.strip() not in (";", ".") or depth):
+            continue
+        clause, begin = text[begin:end], end
+        if found[-1] and len(clause) < SHORT:
+            found[-1] += clause
+        else:
+            found.append(clause)
+    parts = [one.strip().rstrip(";.") for one in found[1:]]
+    return parts if len(parts) >= MANY else [text]
 
 
 def _safe(text: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import html
 import io
 import json
 import re
@@ -1015,6 +1016,27 @@ def test_a_column_of_all_datasets_has_no_place_of_a_single_one(tmp_path: Path) -
     found = answer_tables(read_answer(run.folder))[-1]
     assert found.headings[-1].endswith("closest pair, calibrated as a maximum")
     assert [line for line in found.rows if line[-1] != "–"] == [("vision proj", "0.900", "0.7")]
+
+
+def test_a_long_fact_is_listed_clause_by_clause_and_loses_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", validated=True)
+    verdict = (
+        "The chosen placement (v5-12,t5-12) did worse than the default by far; the best placement "
+        "(v9-12,t9-12; picked afterwards. Beware) is 0.4 points above it [0.1; 0.7]; here is 1. To "
+        "see a point takes more cells than are here. Nothing <b>is</b> bold on a page of this kind."
+    )
+    record = read_json(run.folder / "validation.json")
+    write_json(run.folder / "validation.json", {**record, "verdict": verdict})
+    page = write_report(run.folder, formats=["svg"]).read_text()
+    proof = page[page.index('<div class="told">') :]
+    listed = re.findall("<li>(.*?)</li>", proof[: proof.index("</div>")])
+    clauses = [html.unescape(re.sub("<[^>]*>", "", one)) for one in listed]
+    assert [one.split()[0] for one in clauses] == ["The", "the", "To", "Nothing"]
+    letters = re.compile(r"[;.]? |[;.]$")
+    assert letters.sub("", "".join(f"{one} " for one in clauses)) == letters.sub("", verdict)
+    assert '<span class="whole">v9-12</span>,<wbr>' in listed[1]
+    meaning = "The blocks of both towers that an adapter acts in."
+    assert listed[0].count(meaning) == 1 and meaning not in listed[1], "a word is explained once"
 
 
 def test_numbers_of_a_column_have_the_same_decimals() -> None:
