@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 WIDTH = 80
 UNTRAINED = "RANDOM WEIGHTS, nothing here says anything about a trained model"
+_END = re.compile(r"[(\[]|[)\]]|; |\. (?=[A-Z])")  # of a clause, where no bracket is open
+_MANY, _SHORT = 4, 40  # clauses of a text that are read one by one; letters of one that is none
 
 
 def text_table(rows: Sequence[Mapping[Any, Any]], widths: Mapping[str, int] | None = None) -> str:
@@ -97,3 +100,20 @@ def _whole(share: float) -> str:
     if 0 < share <= 0.005:  # half a percent itself is rounded to none
         return "< 1"
     return "> 99" if 0.995 <= share < 1 else f"{100 * share:.0f}"
+
+
+def clauses(text: str) -> list[str]:
+    """Return the clauses of a long text, one each; a short one as it is."""
+    found, begin, depth = [""], 0, 0
+    for match in [*_END.finditer(text), None]:
+        mark, end = (match.group(), match.end()) if match else ("", len(text))
+        depth += (mark in ("(", "[")) - (mark in (")", "]"))
+        if match and (mark.strip() not in (";", ".") or depth):
+            continue
+        clause, begin = text[begin:end], end
+        if found[-1] and len(clause) < _SHORT:
+            found[-1] += clause
+        else:
+            found.append(clause)
+    parts = [one.strip().rstrip(";.") for one in found[1:]]
+    return parts if len(parts) >= _MANY else [text]

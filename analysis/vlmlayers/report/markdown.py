@@ -15,8 +15,8 @@ from vlmlayers.report.tables import (
     comparison_table,
     validation_tables,
 )
+from vlmlayers.words import clauses, markdown_table
 from vlmlayers.words import escape_markdown as esc
-from vlmlayers.words import markdown_table
 
 if TYPE_CHECKING:
     from vlmlayers.report.figures import Drawn
@@ -54,12 +54,10 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
         parts += [f"![{esc(figure.caption)}](figures/{shown.name})", "", esc(figure.caption), ""]
     if answer.validation is not None:
         parts += ["## Proof by training", ""]
-        if answer.validation.verdict:
-            parts += [esc(answer.validation.verdict), ""]
+        parts += _told(answer.validation.verdict)
         if answer.validation.warning not in answer.validation.verdict:
             parts += [f"> Warning: {esc(answer.validation.warning)}.", ""]
-        if answer.validation.predictors:
-            parts += [esc(answer.validation.predictors), ""]
+        parts += _told(answer.validation.predictors)
         parts += _tables(validation_tables(answer.validation))
     parts += ["## Tables", "", *_tables(answer_tables(answer))]
     parts += ["## How it was made", "", *_tables(made_tables(answer))]
@@ -67,6 +65,13 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
     for step in next_steps(answer):
         parts += [f"### {step.title}", "", esc(step.text), "", "```", step.code, "```", ""]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _told(text: str) -> list[str]:
+    """Return a text, a long one as a list of its clauses, and an empty line; nothing of none."""
+    parts = clauses(esc(text))
+    listed = [f"- {one}" for one in parts] if len(parts) > 1 else parts
+    return [*listed, ""] if text else []
 
 
 def _tables(tables: Sequence[Table]) -> list[str]:

@@ -32,6 +32,7 @@ from vlmlayers.report.tables import (
     validation_tables,
 )
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, metrics_by_shape
+from vlmlayers.words import clauses
 
 TEMPLATES = Path(__file__).parent / "templates"
 RANDOM = (
@@ -47,8 +48,6 @@ WHY = (
 TAG = r"<[^>]*>"  # whose attributes stay as they are
 # Of a placement, as `Placement` writes it.
 PART = re.compile(rf"{TAG}|\b[vt]?\d+-\d+\b|\bzero-shot\b")
-END = re.compile(r"[(\[]|[)\]]|; |\. (?=[A-Z])")  # of a clause, where no bracket is open
-MANY, SHORT = 4, 40  # clauses of a fact that are read one by one; letters of one that is none
 BETWEEN_PARTS = re.compile(r",(?=(<span[^>]*>)?[vt][\d-])")
 FIRST = (*DATASET_ACCURACIES, "class_accuracy", "zero_shot_accuracy")
 
@@ -146,7 +145,7 @@ def _environment() -> jinja2.Environment:
     )
     made.filters["explained"] = explained
     made.filters["unbroken"] = _unbroken
-    made.filters["clauses"] = _clauses
+    made.filters["clauses"] = clauses
     return made
 
 
@@ -160,23 +159,6 @@ def _unbroken(text: str) -> Any:
 
     words = PART.sub(whole, str(escape(text)))
     return Markup(BETWEEN_PARTS.sub(",<wbr>", words))
-
-
-def _clauses(text: str) -> list[str]:
-    """Return the clauses of a long fact, one each; a short one as it is."""
-    found, begin, depth = [""], 0, 0
-    for match in [*END.finditer(text), None]:
-        mark, end = (match.group(), match.end()) if match else ("", len(text))
-        depth += (mark in ("(", "[")) - (mark in (")", "]"))
-        if match and (mark.strip() not in (";", ".") or depth):
-            continue
-        clause, begin = text[begin:end], end
-        if found[-1] and len(clause) < SHORT:
-            found[-1] += clause
-        else:
-            found.append(clause)
-    parts = [one.strip().rstrip(";.") for one in found[1:]]
-    return parts if len(parts) >= MANY else [text]
 
 
 def _safe(text: str) -> Any:

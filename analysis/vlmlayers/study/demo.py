@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +16,7 @@ from vlmlayers.scores.summaries import curves
 from vlmlayers.study.context import silent
 from vlmlayers.study.runner import run_study
 from vlmlayers.study.schema import Study, check_study
-from vlmlayers.words import text_table
+from vlmlayers.words import clauses, text_table
 
 FILE = Path(__file__).parent / "demo.toml"
 MEASURES = (
@@ -62,10 +62,16 @@ def summary(run: Run) -> list[str]:
     lines = ["", text_table(position_table(answer).to_dict("records")), ""]
     if answer.random_weights:
         lines.append("RANDOM WEIGHTS: this says nothing about a trained model.")
-    doubts = f" {'; '.join(answer.doubts)}." if answer.doubts else ""
-    for sentence in (answer.headline, answer.lead + doubts):
-        lines += textwrap.wrap(sentence, 80)
+    lines += [*textwrap.wrap(answer.headline, 80), *textwrap.wrap(answer.lead, 80)]
+    lines += _listed(answer.doubts)
+    if answer.validation is not None:
+        label, proof = answer.facts()[-1]
+        lines += [f"{label}:", *_listed(clauses(proof))]
     return [*lines, f"Report: {run.report}"]
+
+
+def _listed(parts: Iterable[str]) -> list[str]:
+    return [line for one in parts for line in textwrap.wrap(f"- {one}", 80, subsequent_indent="  ")]
 
 
 def position_table(answer: Answer) -> pd.DataFrame:

@@ -470,7 +470,7 @@ def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     assert found["standing"]["vision"][4:6] == ("open", "firm")
     assert found["chosen"]["vision"] == tuple(range(5, 13)), "an open block is chosen all the same"
     told = " ".join(summary(run))
-    assert "What the data leave open: vision block 5" in told and "do not decide" not in told
+    assert "What the data leave open: - vision block 5" in told and "do not decide" not in told
     assert read_answer(make_run(tmp_path / "sure", small=True).folder).lead.endswith("this).")
     assert dict(answer.facts())["Firm blocks"].startswith("vision 6–12, text 5–12 (")
     assert dict(answer.facts())["Open blocks"] == "vision 5, text none"
