@@ -325,6 +325,8 @@ class Reading:
 
     def say_choice(self, scores: pd.DataFrame, metric: str) -> None:
         """Say in a line each where this reading takes one space, pooling or split of several."""
+        # Tables laid end to end repeat their row labels, by which rows left out are told below.
+        scores = scores.reset_index(drop=True)
         lines: dict[str, None] = {}
         for tower in TOWERS:
             rows = scores[(scores["metric"] == metric) & (scores["tower"] == tower)]

@@ -604,6 +604,16 @@ def test_hue_label_and_colour_draw_several_lines() -> None:
     assert line(ax, "mean")[-1, 1] == pytest.approx(0.5 * line(ax, "cls")[-1, 1])
 
 
+@pytest.mark.parametrize("ignore_index", [True, False])
+def test_one_pooling_of_two_is_named_whatever_the_labels_of_rows(
+    ignore_index: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = planted(12, 12)
+    both = pd.concat([one, one.assign(pooling="mean")], ignore_index=ignore_index)
+    plots.layer_curves(both)
+    assert "dataset_accuracy: pooling cls is read, not mean; " in caplog.text
+
+
 @pytest.mark.parametrize("count", [3, 27])
 def test_marks_of_chosen_blocks_never_cover_labels(count: int) -> None:
     scores = full()
