@@ -178,7 +178,7 @@ class TrainStage:
             if (table.groupby([*KEY], dropna=False)[key].nunique() > 1).any():
                 LOG.warning("tables [[train]] differ in %s; zero-shot rows are of the first", key)
         table = table.drop_duplicates(KEY, ignore_index=True)
-        path = write_csv(context.run.folder / "results.csv", table)
+        path = write_csv(context.run.results, table)
         context.run.record(train={"model": model_record(model), "environment": environment()})
         if verdict := methods_verdict(table):
             context.echo(f"train    {verdict}")

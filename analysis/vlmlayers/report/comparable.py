@@ -97,7 +97,7 @@ def _counts(runs: Sequence[tuple[str, Answer]]) -> list[str]:
 def _trainings(runs: Sequence[tuple[str, Answer]]) -> list[str]:
     """Return how the trainings of runs differ, whose harmonic means stand side by side."""
     notes = {
-        name: answer.run.read("validation.json")
+        name: answer.run.read(answer.run.verdict.name)
         for name, answer in runs
         if answer.validation is not None
     }

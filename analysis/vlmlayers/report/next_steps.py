@@ -165,7 +165,7 @@ def _longer(answer: Answer, trained: tuple[int, ...]) -> str:
         return ""
     seconds, tail = answer.run.read("stages.json").get("validate", {}).get("seconds", 0), ""
     if not seconds:  # the verb alone, which is no stage of a study
-        seconds = answer.run.read("validation.json").get("training_seconds", 0)
+        seconds = answer.run.read(answer.run.verdict.name).get("training_seconds", 0)
         tail = "; testing comes on top"
     if not seconds:
         return ""

@@ -72,7 +72,7 @@ class RecordedValidation:
         if "comparison" in cells:  # the tuned comparison is what is shown, the other stands beside
             first = "tuned" if (cells["comparison"] == "tuned").any() else "given"
             cells = cells[cells["comparison"] == first].reset_index(drop=True)
-        notes = run.read("validation.json")
+        notes = run.read(run.verdict.name)
         beside = notes.get("untuned", {})
         warned = beside.get("warning")
         chosen = str(notes.get("chosen") or _kind(cells, "chosen"))
@@ -148,7 +148,7 @@ class RecordedValidation:
 
 def void_verdict(run: Run) -> str:
     """Return the verdict of a validation in which training changed nothing, else nothing."""
-    notes = run.read("validation.json")
+    notes = run.read(run.verdict.name)
     return str(notes.get("verdict", "")) if notes.get("void") else ""
 
 

@@ -450,7 +450,7 @@ STAGES: dict[str, Stage] = {
             "train",
             _train_inputs,
             _installed("train"),
-            lambda c: [c.run.folder / "results.csv"],
+            lambda c: [c.run.results],
             wanted=lambda c: bool(c.study.train) and not c.part.adapter,
         ),
         Stage(
