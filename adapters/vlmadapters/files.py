@@ -232,7 +232,7 @@ def load_trained(
         UserError: As `load_method` and `load_official`, or the file is of another method.
     """
     name = None if method is None else METHODS.config(method).name  # a file's is known from here on
-    if Path(path).suffix != OURS:
+    if Path(path).suffix not in (OURS, ".json"):  # the text beside ours is refused as ours
         return load_official(path, model, method=name or "mma", settings=settings, task=task)
     made = load_method(path, model)
     if name not in (None, made.config.name):

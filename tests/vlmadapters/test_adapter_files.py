@@ -19,6 +19,7 @@ from vlmadapters.data.task import Task
 from vlmadapters.files import (
     load_method,
     load_official,
+    load_trained,
     read_info,
     save_method,
     save_official,
@@ -210,6 +211,8 @@ def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
     (tmp_path / "y.json").write_text("{}")
     with pytest.raises(UserError, match="only describes an adapter; give the .safetensors"):
         read_info(tmp_path / "y.json")
+    with pytest.raises(UserError, match="only describes an adapter; give the .safetensors"):
+        load_trained(tmp_path / "y.json", shared_backbone())
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
