@@ -32,6 +32,7 @@ ON_DISK = {
     "caltech101": (100, 8242), "cifar10": (10, 4000), "cue_conflict": (16, 1280),
     "edges": (16, 160), "silhouettes": (16, 160), "scenes15": (15, 1500),
     "tiny_imagenet": (200, 14000), "tiny_imagenet_shards": (200, 20000), "flickr8k": (0, 1000),
+    "rsscn7": (7, 980), "grocery": (81, 4414),
 }  # fmt: skip
 
 
