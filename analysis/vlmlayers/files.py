@@ -17,7 +17,7 @@ from threading import get_native_id
 from typing import IO, TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from vlmlayers.errors import DISK, UserError, first_cause, one_line
+from vlmlayers.errors import DISK, UserError, first_cause, looked_for, one_line
 from vlmlayers.progress import say
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def _parsed(path: Path, parse: Callable[[str], Any], kind: str, what: str, advic
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         name = f"{what} {path}".strip()
-        raise UserError(f"cannot read {name}: {error.strerror}{then}") from None
+        where = looked_for(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot read {name}: {error.strerror}{where}{then}") from None
     # Both parsers call themselves for what is nested: some kilobytes of brackets end in that.
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)

@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError, check_one_of, no_file
 
 
 def packaged(group: str) -> dict[str, EntryPoint]:
@@ -39,7 +39,7 @@ def load_user_code(where: str, what: str) -> Any:
     file, _, name = where.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise UserError(f"{what} file {file} does not exist; give path.py:name")
+        raise UserError(f"{what} file {file} {no_file(file)}; give path.py:name")
     # Under a name of its own: a file `rules.py` must not replace a package, nor one of that name
     # in another folder. It is the same at every reading.
     unique = f"vlmlayers_{what}_{path.stem}_{zlib.crc32(bytes(path.resolve())):08x}"

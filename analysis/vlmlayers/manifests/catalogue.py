@@ -42,7 +42,8 @@ def names() -> list[str]:
 
 def is_path(name: str) -> bool:
     """Return whether a name is written as a path, so that it can be nothing else."""
-    return os.sep in name or "/" in name or name.endswith(".toml") or name in (".", "..")
+    file = Path(name).suffix.lower() in (".toml", *READERS)
+    return file or os.sep in name or "/" in name or name in (".", "..")
 
 
 def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:

@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from vlmlayers.data.shards import Members
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, no_file
 from vlmlayers.files import checksum, read_toml
 from vlmlayers.manifests.items import SPLITS, checked_path
 from vlmlayers.options import Options, Several, validated
@@ -192,7 +192,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     # Before it is read: the path may be of anything, such as the images' archive.
     if not path.exists():
         # What was meant may be an image folder or a name: no talk of manifests.
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} {no_file(path)}")
     if path.is_file() and path.stat().st_size > LARGEST_TOML:
         raise UserError(f"{path} is larger than {LARGEST_TOML:,} bytes; not a manifest")
     return read_toml(path, "the manifest")

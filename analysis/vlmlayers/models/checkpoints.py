@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vlmlayers.errors import UserError, one_line
+from vlmlayers.errors import UserError, no_file, one_line
 from vlmlayers.models.archives import is_archive, read_archive
 
 LOG = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         UserError: The file is missing, broken, or would have to run code to be read.
     """
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
+        raise UserError(f"checkpoint {path} {no_file(path)}")
     LOG.debug("reading weights from %s", path)
     try:
         if path.suffix == ".safetensors":

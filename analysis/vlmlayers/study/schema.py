@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError, check_one_of, no_file
 from vlmlayers.extraction import RecordOptions, WeightsOptions
 from vlmlayers.files import read_toml, shipped
 from vlmlayers.options import Options, Seed, validated
@@ -252,7 +252,7 @@ def study_file(name: str | Path) -> Path:
     known = {file.stem: file for file in sorted(shipped("data_manifests/studies").glob("*.toml"))}
     if path.suffix == ".toml" or len(path.parts) > 1:
         raise UserError(
-            f"study file {path} does not exist; these ship with the package and can be named: "
+            f"study file {path} {no_file(path)}; these ship with the package and can be named: "
             f"{', '.join(known)}"
         )
     return known[check_one_of("study", str(name), known)]
