@@ -95,14 +95,21 @@ class Run:
             select = shlex.join(["vlmlayers", "select", str(self.folder)])
             raise UserError(f"{self.folder} holds no choice.json; run `{select}` first")
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What could not be extracted, and why, by its name among the features."""
+        return dict(self.read_provenance().get("left_out", {}))
+
     def stores(self) -> list[Path]:
-        """Return the folders of features.
+        """Return the folders of features, without those of datasets that a study left out.
 
         Raises:
             UserError: There is none, or one is not finished.
         """
-        found = sorted(path for path in self.features.glob("*") if path.is_dir())
-        if unfinished := [path for path in found if path.suffix == ".partial"]:
+        folders = sorted(path for path in self.features.glob("*") if path.is_dir())
+        found = [path for path in folders if path.suffix != ".partial"]
+        known = {*found, *(self.features / f"{name}.partial" for name in self.left_out)}
+        if unfinished := [path for path in folders if path not in known]:
             raise UserError(
                 f"{unfinished[0]} is not finished; start its extraction again, or delete that "
                 "folder to go on without its dataset"

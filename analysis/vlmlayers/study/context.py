@@ -122,7 +122,7 @@ class StageContext:
     @property
     def left_out(self) -> dict[str, str]:
         """Feature folders of the datasets that could not be extracted, and why not."""
-        return dict(self.run.read_provenance().get("left_out", {}))
+        return self.run.left_out
 
     @property
     def extracted_manifests(self) -> list[Manifest]:

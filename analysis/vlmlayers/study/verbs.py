@@ -125,6 +125,8 @@ def score_run(
 
     run = Run(Path(folder))
     stores = run.stores()
+    for name, why in run.left_out.items():
+        LOG.warning("%s is left out, as by its extraction: %s", name, why)
     _tell_others(run, [path.name for path in stores])
     asked = list(metrics or DEFAULT_METRICS)
     known = [metric(name) for name in asked if not is_user_code(name)]

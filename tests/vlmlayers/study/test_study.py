@@ -706,7 +706,9 @@ def test_a_stage_that_is_asked_for_and_has_no_table_is_refused(stage: str, tmp_p
         pick_stages(["score"], "score")
 
 
-def test_a_dataset_that_fails_is_left_out_with_a_note(study_file: Path, tmp_path: Path) -> None:
+def test_a_dataset_that_fails_is_left_out_with_a_note(
+    study_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """An image that is none ends its own dataset, not the study; mended, it is taken in."""
     from PIL import Image
 
@@ -720,6 +722,10 @@ def test_a_dataset_that_fails_is_left_out_with_a_note(study_file: Path, tmp_path
     (run,) = run_study(study, tmp_path / "out", base=tmp_path, progress=False, echo=lines.append)
     assert any("broken is left out: " in line for line in lines)
     assert list(run.read_provenance()["left_out"]) == ["broken-all"]
+    scored = pd.read_parquet(run.scores)
+    score_run(run.folder, ["effective_rank"], {}, progress=False)  # as the verb alone does
+    assert "broken-all is left out, as by its extraction: " in caplog.text
+    assert set(pd.read_parquet(run.scores)["dataset"]) == set(scored["dataset"]) - {"*"}
     assert "Left out: broken-all." in run.report.read_text()
     assert "broken" not in set(pd.read_parquet(run.scores)["dataset"])
     for name in ("cat/1.png", "dog/1.png"):
