@@ -69,7 +69,7 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
 
 def _told(text: str) -> list[str]:
     """Return a text, a long one as a list of its clauses, and an empty line; nothing of none."""
-    parts = clauses(esc(text))
+    parts = [esc(one) for one in clauses(text)]  # the marks of escapes are no ends of clauses
     listed = [f"- {one}" for one in parts] if len(parts) > 1 else parts
     return [*listed, ""] if text else []
 

@@ -1023,7 +1023,8 @@ def test_a_long_fact_is_listed_clause_by_clause_and_loses_nothing(tmp_path: Path
     verdict = (
         "The chosen placement (v5-12,t5-12) did worse than the default by far; the best placement "
         "(v9-12,t9-12; picked afterwards. Beware) is 0.4 points above it [0.1; 0.7]; here is 1. To "
-        "see a point takes more cells than are here. Nothing <b>is</b> bold on a page of this kind."
+        "see a point takes more cells than are here. Nothing <b>is</b> bold on a page of this "
+        "kind, which shows marks as they are."
     )
     record = read_json(run.folder / "validation.json")
     write_json(run.folder / "validation.json", {**record, "verdict": verdict})
@@ -1037,6 +1038,9 @@ def test_a_long_fact_is_listed_clause_by_clause_and_loses_nothing(tmp_path: Path
     assert '<span class="whole">v9-12</span>,<wbr>' in listed[1]
     meaning = "The blocks of both towers that an adapter acts in."
     assert listed[0].count(meaning) == 1 and meaning not in listed[1], "a word is explained once"
+    proof = (run.folder / "report.md").read_text().partition("## Proof by training\n\n")[2]
+    shown = [one.removeprefix("- ") for one in proof.partition("\n\n")[0].splitlines()]
+    assert shown == [escape_markdown(one) for one in clauses]
 
 
 def test_numbers_of_a_column_have_the_same_decimals() -> None:
