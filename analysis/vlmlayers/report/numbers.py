@@ -238,7 +238,7 @@ class Answer:
         if of := other_features(self.run, self.attributes):
             return (
                 f"the scores were made from other features of {of} than are here; run "
-                f"`{shlex.join(['vlmlayers', 'score', folder])}` again"
+                f"{shlex.join(['vlmlayers', 'score', folder])} again"
             )
         why = _not_of(self.choice, self.scores)
         if not why and "search" not in self.choice.evidence and (lost := self.unscored):
