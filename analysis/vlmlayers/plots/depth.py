@@ -104,12 +104,12 @@ def layer_curves(
         metric = dataset_readout(curved) or next(iter(curved), DATASET_ACCURACIES[0])
     with style():
         parts = _parts(scores, metric, hue, dataset, space)
-        if color is not None and len(parts) > 1:
-            raise UserError(f"color would draw every {hue} alike; leave it out, or give a palette")
         if tower is not None:
             on_tower(pd.concat(parts.values()), metric, tower)  # refused where none has the tower
             parts = {name: rows for name, part in parts.items()
                      if len(rows := part[part["tower"] == tower])}  # fmt: skip
+        if color is not None and len(parts) > 1:
+            raise UserError(f"color would draw every {hue} alike; leave it out, or give a palette")
         frame = pd.concat(parts.values())
         if hue is None:
             Reading(space=space).say_choice(scores, metric)

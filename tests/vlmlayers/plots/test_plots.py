@@ -602,6 +602,9 @@ def test_hue_label_and_colour_draw_several_lines() -> None:
     both = pd.concat([one, one.assign(pooling="mean", value=0.5 * one["value"])])
     ax = plots.layer_curves(both, hue="pooling", tower="vision")
     assert line(ax, "mean")[-1, 1] == pytest.approx(0.5 * line(ax, "cls")[-1, 1])
+    # The other tower has another pooling, and is not drawn.
+    ax = plots.layer_curves(one, hue="pooling", tower="vision", color="black")
+    assert "cls" in ax.get_legend_handles_labels()[1]
 
 
 @pytest.mark.parametrize("ignore_index", [True, False])
