@@ -164,7 +164,7 @@ def check_one_of(kind: str, value: str, valid: Iterable[str], where: str = "") -
         return value
     place = f" in {where}" if where else ""
     # A number is not misspelt: 10 is no nearer to layer 0 than 1 is.
-    close = None if value.lstrip("-").isdecimal() else nearest(value, names)
+    close = None if str(value).lstrip("-").isdecimal() else nearest(value, names)
     if close is not None:
         hint = f"did you mean {close!r}?"
     else:

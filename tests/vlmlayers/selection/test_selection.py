@@ -704,6 +704,7 @@ def test_own_rule_from_a_file(tmp_path: Path) -> None:
         "def wrong(scores):\n    return 'all'\n"
         "def deep(scores):\n    return [99], []\n"
         "def typo(scores):\n    return {'visoin': [1]}\n"
+        "def number(scores):\n    return {0: [1], 1: [2]}\n"
     )
     choice = select(planted(), f"{file}:last", n=3, resamples=20)
     assert (choice.vision, choice.text) == ((10, 11, 12), (12,))
@@ -711,6 +712,7 @@ def test_own_rule_from_a_file(tmp_path: Path) -> None:
     for name, message in (
         ("wrong", "must return a LayerChoice"),
         ("typo", "unknown tower 'visoin'.*did you mean 'vision'"),
+        ("number", "unknown tower 0 in what rule .* valid: vision, text"),
         ("deep", "vision block 99"),
         ("lost", "did you mean 'last'"),
     ):
