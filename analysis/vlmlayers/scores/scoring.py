@@ -18,7 +18,7 @@ from vlmlayers.metrics.table import Metric
 from vlmlayers.positions import relative_depth, sort_key, unextracted
 from vlmlayers.scores.options import UNKEYED, ScoreOptions
 from vlmlayers.scores.parts import balanced_rows, refuse_not_finite
-from vlmlayers.scores.reading import POOLED
+from vlmlayers.scores.reading import POOLED, ROUNDING
 from vlmlayers.scores.schema import score_frame
 from vlmlayers.words import counted
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Source = tuple[LayerFeatures, TowerFeatures]
-ROUNDING = 1e-3  # of values computed in float32, which may pass a bound that the true one reaches
 
 
 @dataclass(frozen=True, eq=False)
