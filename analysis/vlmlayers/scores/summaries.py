@@ -274,8 +274,9 @@ def metrics_by_shape(scores: pd.DataFrame) -> dict[str, list[str]]:
     for metric in metric_names(scores):
         rows = scores[scores["metric"] == metric]
         crossed = rows[rows["other_tower"].astype(str) != ""]
-        # Of one split and pooling: the closest pairs of two may share a position by chance.
-        place = [name for name in PLACE if name in rows.columns and name != "other_position"]
+        # Of one model, split and pooling: the closest pairs of two may share a position by chance.
+        keys = ("model", "weights", *PLACE)
+        place = [name for name in keys if name in rows.columns and name != "other_position"]
         many = crossed.groupby(place, dropna=False)["other_position"].nunique()
         found["matrix" if len(many) and many.max() > 1 else "curve"].append(metric)
     return found

@@ -405,9 +405,14 @@ def test_summaries_know_shapes_and_datasets() -> None:
     assert slug("A/b <c>") == "a-b-c"
 
 
-def test_the_closest_pairs_of_two_splits_or_poolings_are_no_matrix() -> None:
+def test_the_closest_pairs_of_two_splits_poolings_or_models_are_no_matrix() -> None:
     found = {"other_tower": "text", "dataset": "digits"}
-    for column, two in (("split", ("train", "val")), ("pooling", ("cls", "mean"))):
+    for column, two in (
+        ("split", ("train", "val")),
+        ("pooling", ("cls", "mean")),
+        ("model", ("small", "large")),
+        ("weights", ("openai", "own.pt")),
+    ):
         pairs = [
             row("mutual_knn_max", "vision", "12", 12, 0.5, **found, **{column: one},
                 other_position=place)
