@@ -40,8 +40,7 @@ def explore(
     """Return an interactive view of features for Jupyter, made with Altair.
 
     A slider walks along depth; under the pointer stand thumbnail, class and dataset; colour and
-    projection are chosen below. `.save("explore.html", inline=True)` writes it as one file that
-    opens offline.
+    projection are chosen below. `.save("explore.html")` writes it as one file that opens offline.
 
     Args:
         features: Of one model; one dataset or several.
@@ -57,7 +56,7 @@ def explore(
         limit: Items at most of each dataset and tower.
 
     Returns:
-        An `altair.Chart`, which Jupyter shows without a network, as does a page that it saves.
+        An `altair.Chart`, which Jupyter shows without a network.
 
     Raises:
         UserError: Altair or vl-convert is not installed, an image is missing, or what
