@@ -416,12 +416,13 @@ def check_metric(scores: pd.DataFrame, metric: str) -> None:
     if metric in (names := metric_names(scores)):
         return
     # Late: the table of metrics brings scipy along, which drawing and reading do not need.
-    from vlmlayers.metrics.table import METRICS
+    from vlmlayers.metrics.declare import MODEL
+    from vlmlayers.metrics.table import find_metric
 
-    if metric in METRICS:
-        raise UserError(
-            f"the score table has no {metric}: score it as well, or name one of {', '.join(names)}"
-        )
+    if (known := find_metric(metric)) is not None:
+        more = "examine the model" if known.needs == MODEL else "score it as well"
+        more += f", or name one of {', '.join(names)}"
+        raise UserError(f"the score table has no {metric}: {more}")
     check_one_of("metric", metric, names, where="the score table")
 
 

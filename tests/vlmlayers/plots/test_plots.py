@@ -428,6 +428,10 @@ def test_the_closest_pairs_of_two_splits_poolings_or_models_are_no_matrix() -> N
             lambda: plots.layer_curves(planted(), "dataset_acuracy"),
             "did you mean 'dataset_accuracy'",
         ),
+        (
+            lambda: plots.layer_curves(full(), "skip_accuracy_drop"),
+            "no skip_accuracy_drop: examine the model, or name one of dataset_accuracy, ",
+        ),
         (lambda: plots.gap_curves(full(), tower="text"), "no value on the text tower"),
         (
             lambda: plots.dataset_heatmap(full(), "centroid_gap", tower="text"),
