@@ -177,12 +177,17 @@ def predicted_means(scores: pd.DataFrame, means: pd.DataFrame) -> pd.DataFrame:
         The rows of `means` that a score says something of, with score, predicted, tau and its
         two-sided p by permutation of the placements (NaN where all are equal, predicted or trained)
         and a short label; chosen and published placements first.
+
+    Raises:
+        MissingTable: The scores say nothing of any placement.
     """
     supported = [name for name in available_scores(scores) if name in PLACEMENT_SCORES]
     score = DEFAULT_SCORE if DEFAULT_SCORE in supported else supported[0]
     placements = {name: Placement.parse(name) for name in means.placement}
     predicted = predict(scores, placements, [score])[["placement", "score", "predicted"]]
     joined = predicted.dropna(subset="predicted").merge(means, on="placement")
+    if joined.empty:
+        raise MissingTable("the scores say nothing of a tower that was trained; score that tower")
     tau, p = _tau(joined.predicted.to_numpy(float), joined.hm.to_numpy(float))
     joined = joined.sort_values(["chosen", "published", "start"], ascending=[False, False, True])
     return joined.assign(tau=tau, p=p, short=[placements[one].label for one in joined.placement])

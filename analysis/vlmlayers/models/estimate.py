@@ -292,8 +292,10 @@ def estimate(
         **options: See `measure_costs`.
 
     Raises:
-        UserError: What is planned is not in pairs.
+        UserError: Nothing is planned, or not in pairs.
     """
+    if not planned:
+        raise UserError("estimate: planned names no dataset; give a manifest and its items")
     for one in planned:
         if not isinstance(one, tuple | list) or len(one) != 2:
             raise UserError(

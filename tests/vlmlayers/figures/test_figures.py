@@ -1140,6 +1140,13 @@ def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_p
     falling = outcomes.predicted_means(score_rows(), means.assign(hm=-means.hm))
     assert falling.tau.unique().tolist() == pytest.approx([-1.0])
     assert rising.short.tolist() == ["2–4", "1–4", "3–4", "4"], "the published one leads"
+    scores, images = score_rows(), means.assign(placement="v2-4,t-").iloc[:1]
+    first = scores.metric == scores.metric[0]
+    scores = scores[(scores.tower == "text") | first].assign(
+        metric=scores.metric.where(scores.tower == "text", "effective_rank")
+    )
+    with pytest.raises(MissingTable, match="say nothing of a tower that was trained"):
+        outcomes.predicted_means(scores, images)
     tied = outcomes.predicted_means(score_rows(), means.assign(hm=means.hm.clip(*means.hm[:2])))
     pairs = [tied.predicted.to_numpy(), tied.hm.to_numpy()]
     null = [kendalltau(list(one), pairs[1]).statistic for one in permutations(pairs[0])]

@@ -101,6 +101,8 @@ def test_the_text_names_the_plan(tmp_path):
         estimate(tiny.model(), [(manifest, [])])
     with pytest.raises(UserError, match="planned takes pairs of a manifest and its items"):
         estimate(tiny.model(), "faces")
+    with pytest.raises(UserError, match="planned names no dataset"):
+        estimate(tiny.model(), [])
 
 
 class Clock:
