@@ -120,9 +120,8 @@ def zero_shot_margins(x: Given, prompts: Given, labels: Any) -> Array:
 def chance_margin(x: Given, prompts: Given, labels: Any) -> float:
     """Return the mean of `zero_shot_margins` over every way to deal the labels to the items."""
     similar = _cosines_with(x, prompts)
-    share = np.bincount(class_ids(labels, *similar.shape), minlength=similar.shape[1]) / len(
-        similar
-    )
+    items, classes = similar.shape
+    share = np.bincount(class_ids(labels, items, classes), minlength=classes) / items
     second, first = np.partition(similar, -2, axis=1)[:, -2:].T[..., None]  # (item, 1) each
     nearest = np.where(similar == first, second, first)  # prompt other than that of each class
     return float((similar - nearest).mean(axis=0) @ share)

@@ -472,6 +472,8 @@ def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     told = " ".join(summary(run))
     assert "What the data leave open: - vision block 5" in told and "do not decide" not in told
     assert read_answer(make_run(tmp_path / "sure", small=True).folder).lead.endswith("this).")
+    proof = " ".join(summary(make_run(tmp_path / "proved", small=True, validated=True)))
+    assert "Proved by training: The chosen placement did worse" in proof.replace("- The", "The")
     assert dict(answer.facts())["Firm blocks"].startswith("vision 6–12, text 5–12 (")
     assert dict(answer.facts())["Open blocks"] == "vision 5, text none"
     assert answer.headline == (
