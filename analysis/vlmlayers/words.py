@@ -107,7 +107,7 @@ def clauses(text: str) -> list[str]:
     found, begin, depth = [""], 0, 0
     for match in [*_END.finditer(text), None]:
         mark, end = (match.group(), match.end()) if match else ("", len(text))
-        depth += (mark in ("(", "[")) - (mark in (")", "]"))
+        depth = max(0, depth + (mark in ("(", "[")) - (mark in (")", "]")))
         if match and (mark.strip() not in (";", ".") or depth):
             continue
         clause, begin = text[begin:end], end

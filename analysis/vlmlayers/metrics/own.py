@@ -74,6 +74,15 @@ def declared(found: Any, where: str) -> Metric:
             "function goes into metrics= as it is"
         )
     check_one_of("needs", found.needs, NEEDS, where=where)
+    try:
+        low, high = map(float, found.bounds)
+    except (TypeError, ValueError):
+        low, high = INF, -INF
+    if not low < high:
+        raise UserError(
+            f"{where} has bounds {found.bounds!r}; they are two numbers, the smallest value that "
+            "it can take and the largest"
+        )
     lacking = [name for name in READ.get(found.needs, ()) if not getattr(found, name)]
     if lacking or (found.needs == "queries" and not callable(found.null)):
         raise UserError(

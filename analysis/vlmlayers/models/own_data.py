@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from vlmlayers.progress import track
 from vlmlayers.prompts import TEMPLATE, class_prompts
 from vlmlayers.words import counted
 
+LOG = logging.getLogger(__name__)
 NAME = "own data"
 _IMAGES = ("image", "img", "pixel_values", "jpg", "png")
 _LABELS = ("label", "labels", "target", "fine_label", "cls")
@@ -155,6 +157,12 @@ def own_data(
     count = len(held.marks)
     if not count:
         raise UserError("the data hold no images")
+    if held.labels is None and held.unread:
+        LOG.warning(
+            "the images have no classes: none of the other columns (%s) is a ClassLabel or is "
+            "called %s; rename the one that counts, or give labels=data[column]",
+            ", ".join(held.unread), " or ".join(_LABELS),
+        )  # fmt: skip
     given = held.labels if held.labels is not None else [0] * count
     for what, several in (("labels", given), ("captions", captions)):
         if several is not None and len(several) != count:
@@ -182,7 +190,10 @@ def own_data(
 
 @dataclass
 class _Held:
-    """What is taken from a holder of images: images by row, their marks, labels and names."""
+    """What is taken from a holder of images: images by row, their marks, labels and names.
+
+    `unread` names the columns of a table that are taken for nothing.
+    """
 
     image: Callable[[int], Any]
     marks: tuple[str, ...]
@@ -191,6 +202,7 @@ class _Held:
     name: str = ""
     captions: list[tuple[str, ...]] | None = None
     ids: list[str] | None = None
+    unread: Sequence[str] = ()
 
 
 def _held(data: Any, progress: bool) -> _Held:
@@ -351,6 +363,7 @@ def _hugging_face(data: Any) -> _Held:
         names,
         str(getattr(data.info, "dataset_name", "") or ""),
         [_texts_of(one, row) for row, one in enumerate(data[captions])] if captions else None,
+        unread=[key for key in kinds if key not in (image, label, captions)],
     )
 
 

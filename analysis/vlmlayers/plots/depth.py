@@ -18,7 +18,6 @@ from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import describe_blocks
 from vlmlayers.plots.layout import DepthAxis
 from vlmlayers.plots.style import (
-    CATEGORY_COLOURS,
     CATEGORY_DASHES,
     CHANCE_COLOUR,
     OPEN_ALPHA,
@@ -196,8 +195,10 @@ def _look(
 ) -> dict[str, Any]:
     """Return colour, marker, dash and label of one line; `several`: of both towers."""
     words = [label, name] if name and label else [label or name or side.capitalize()]
-    # Colours begin again after ten; of one tower the dash tells them apart then.
-    again = list(looks).index(name) // len(CATEGORY_COLOURS) if looks and not several else 0
+    # Colours begin again after ten, and those of a named palette sooner or later; of one tower the
+    # dash tells lines of one colour apart.
+    before = list(looks.values())[: list(looks).index(name)] if looks and not several else []
+    again = before.count(looks.get(name))
     dash = CATEGORY_DASHES[again % len(CATEGORY_DASHES)]
     if (name or label) and several:
         words.append(side)

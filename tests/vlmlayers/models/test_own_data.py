@@ -214,6 +214,18 @@ def test_classes_with_one_prompt_are_named_where_prompts_are_made(caplog):
     assert "classes with one prompt, which text cannot tell apart: 'Ant', 'ant'" in caplog.text
 
 
+def test_columns_that_are_taken_for_no_classes_are_named(caplog):
+    words = table().add_column("species", [NAMES[label] for label in LABELS])
+    own_data(words)
+    assert not caplog.text, "it has a ClassLabel"
+    words = words.remove_columns("label")
+    own_data(words, labels=words["species"])
+    own_data(words.remove_columns("species"))
+    assert not caplog.text
+    own_data(words)
+    assert "the images have no classes: none of the other columns (species) is" in caplog.text
+
+
 def test_a_store_of_data_in_memory_belongs_to_their_content(tmp_path):
     images = [Image.fromarray(pixels) for pixels in PIXELS]
     first = vl.extract(MODEL, images, labels=LABELS, out=tmp_path / "store", **QUIET)

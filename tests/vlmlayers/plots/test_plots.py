@@ -616,6 +616,20 @@ def test_hue_label_and_colour_draw_several_lines() -> None:
     assert "cls" in ax.get_legend_handles_labels()[1]
 
 
+def test_lines_of_a_palette_of_few_colours_are_told_apart_by_their_dash() -> None:
+    """Seaborn's `deep` begins again after ten colours, `Set2` after eight."""
+    rows = full()[full()["dataset"] == DATASETS[0]]
+    many = pd.concat([rows.assign(dataset=f"d{number}") for number in range(12)])
+    for palette, colours in (("deep", 10), ("Set2", 8)):
+        ax = plots.layer_curves(
+            many, "class_accuracy", hue="dataset", tower="vision", palette=palette
+        )
+        drawn = [(one.get_color(), one.get_linestyle()) for one in ax.get_lines()
+                 if str(one.get_label()).startswith("d")]  # fmt: skip
+        assert len({colour for colour, _ in drawn}) == colours
+        assert len(set(drawn)) == len(drawn) == 12
+
+
 @pytest.mark.parametrize("ignore_index", [True, False])
 def test_one_pooling_of_two_is_named_whatever_the_labels_of_rows(
     ignore_index: bool, caplog: pytest.LogCaptureFixture

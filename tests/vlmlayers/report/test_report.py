@@ -44,7 +44,7 @@ from vlmlayers.runs import Run
 from vlmlayers.scores import write_scores
 from vlmlayers.selection import LayerChoice, select
 from vlmlayers.study.demo import summary
-from vlmlayers.words import escape_markdown, markdown_table, percent, text_table
+from vlmlayers.words import clauses, escape_markdown, markdown_table, percent, text_table
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -1043,6 +1043,15 @@ def test_a_long_fact_is_listed_clause_by_clause_and_loses_nothing(tmp_path: Path
     proof = (run.folder / "report.md").read_text().partition("## Proof by training\n\n")[2]
     shown = [one.removeprefix("- ") for one in proof.partition("\n\n")[0].splitlines()]
     assert shown == [escape_markdown(one) for one in clauses]
+
+
+def test_an_unmatched_bracket_of_a_name_does_not_keep_a_fact_in_one_piece() -> None:
+    parts = [
+        *(f"dataset {n} of a long name (one; of two) has its say here, and says it" for n in "ab"),
+        "c) comes after them, with a clause that is long enough",
+        "and the last one comes here, as long as those before it",
+    ]
+    assert clauses("; ".join(parts)) == parts
 
 
 def test_numbers_of_a_column_have_the_same_decimals() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -113,12 +114,19 @@ def test_what_cannot_be_a_metric_is_refused(function: object, message: str) -> N
         vl.score(make_features(), [function])
 
 
+def bounded(bounds: Any) -> Metric:
+    return Metric(mean_norm, "own", "features", "", "", bounds=bounds)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
         (mean_norm, r"METRICS\['mine'\] is a value of type function, no vlmlayers.metrics.Metric"),
         (Metric(mean_norm, "own", "feature", "", ""), "unknown needs 'feature' in METRICS"),
         (Metric(mean_norm, "own", "queries", "", ""), r"METRICS\['mine'\] needs 'queries', whose"),
+        (bounded(None), r"METRICS\['mine'\] has bounds None; they are two numbers"),
+        (bounded((1.0, 0.0)), r"bounds \(1.0, 0.0\); they are two numbers, the smallest"),
+        (bounded((0.0, float("nan"))), r"bounds \(0.0, nan\); they are two numbers"),
     ],
 )
 def test_what_a_notebook_declares_wrongly_is_named(
