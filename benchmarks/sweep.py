@@ -50,7 +50,7 @@ def main() -> None:
     root = ["--data-root", asked.data_root] if asked.data_root else []
     common = [asked.model, asked.dataset, "--recipe", "mini", "--device", device, "--quiet", *root]
     if asked.small:
-        common += ["--set", "epochs=1", "--set", "shots=2", "--limit", "40"]
+        common += ["--set", "epochs=1", "--set", "shots=2", "--items", "40"]
     step = max(1, PLACEMENTS // asked.separate)
     starts = list(range(1, PLACEMENTS + 1, step))[: asked.separate]
     rows: list[dict[str, Any]] = []

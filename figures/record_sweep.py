@@ -58,7 +58,7 @@ def _page(run: Run, command: str) -> str:
         ("settings", ", ".join(f"{key} {value}" for key, value in notes["settings"].items())),
         ("datasets", ", ".join(notes["datasets"])),
         ("seeds, shots", f"{', '.join(map(str, notes['seeds']))}; {notes['shots']} shots"),
-        ("test images", f"{notes['limit']} of each dataset, balanced" if notes["limit"] else "all"),
+        ("test images", f"{notes['items']} of each dataset, balanced" if notes["items"] else "all"),
         ("layers chosen on", ", ".join(f"{k} {v}" for k, v in notes["chosen_on"].items())),
         *facts_of({**run.read_provenance(), "environment": notes["environment"]}),
         ("seconds", ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())),

@@ -1,7 +1,7 @@
 """Search the learning rate of every recipe `mini`: one grid, on data that are not reported.
 
     python figures/tune_methods.py [--data-root DIR] [--run DIR] [--out DIR] [--methods A,B]
-                                   [--datasets A,B] [--seeds 1] [--shots N] [--limit N] [--write]
+                                   [--datasets A,B] [--seeds 1] [--shots N] [--items N] [--write]
 
 Each method is trained at the same multiples of its recipe's rate, base to novel, and tested on
 validation images of drawn domains that no recorded table reports and that zero-shot CLIP leaves
@@ -56,7 +56,7 @@ def search(asked: argparse.Namespace, model: VLM) -> pd.DataFrame:
     rates = {(one.method.title, one.label): (one.method.name, one.train.lr) for one in trials}
     experiment = Experiment(
         "base-to-novel", model, recipes, asked.run, root=asked.data_root, split="val",
-        options=DataOptions(limit=asked.limit),
+        options=DataOptions(items=asked.items),
     )  # fmt: skip
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     table = experiment.run(asked.datasets.split(","), trials, seeds)
@@ -96,7 +96,7 @@ def page(means: pd.DataFrame, model: VLM, asked: argparse.Namespace) -> str:
     facts = [
         ("datasets", asked.datasets.replace(",", ", ")),
         ("seeds, shots", f"{asked.seeds.replace(',', ', ')}; {asked.shots} shots"),
-        ("validation images", f"{asked.limit} of each dataset, balanced"),
+        ("validation images", f"{asked.items} of each dataset, balanced"),
         ("grid", "the recipe's rate times 1/4, 1, 4, 16"),
         *facts_of(made),
     ]
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--datasets", default=DATASETS)
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--shots", type=int, default=4)
-    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
     with errors_in_one_line():

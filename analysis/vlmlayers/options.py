@@ -149,11 +149,9 @@ class Cli:
     """How the command line takes a field, where its name and type do not say; in `Annotated`.
 
     Attributes:
-        names: Names of the option in place of the field's own.
         repeated: What one value stands for, where several are repeated: each may have commas.
     """
 
-    names: tuple[str, ...] = ()
     repeated: str = ""
 
 
@@ -211,8 +209,7 @@ def _explain(error: ValidationError, model: type[BaseModel], values: Any) -> str
     if first["type"] == "extra_forbidden":
         keys = _keys(model, first["loc"][:-1])
         close = nearest(str(first["loc"][-1]), keys)
-        valid = ", ".join(dict.fromkeys(keys.values()))
-        hint = f"did you mean {keys[close]!r}?" if close else f"valid: {valid}"
+        hint = f"did you mean {close!r}?" if close else f"valid: {', '.join(keys)}"
         return f"unknown key {place!r}; {hint}{tail}"
     if first["type"] == "missing":
         return f"the key {place!r} is missing{tail}"
@@ -259,21 +256,13 @@ def _needed(problems: Sequence[Mapping[str, Any]]) -> str:
     return " or ".join(dict.fromkeys(words)) if all(words) else ""
 
 
-def _keys(model: type[BaseModel], place: Sequence[Any]) -> dict[str, str]:
-    """Return the keys at a place inside a model by themselves and by their words as options."""
+def _keys(model: type[BaseModel], place: Sequence[Any]) -> list[str]:
+    """Return the keys at a place inside a model."""
     for key in place:
         named = {field.alias or name: field for name, field in model.model_fields.items()}
         if key in named:
             model = _inner(named[key].annotation) or model
-    keys = {field.alias or name: field for name, field in model.model_fields.items()}
-    options = {
-        option.removeprefix("--"): key
-        for key, field in keys.items()
-        for cli in field.metadata
-        if isinstance(cli, Cli)
-        for option in cli.names
-    }
-    return options | {key: key for key in keys}
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _inner(annotation: Any) -> type[BaseModel] | None:

@@ -331,7 +331,7 @@ def how_trained(record: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         record: What `validation.json` holds.
     """
-    own = {key: record[key] for key in ("method", "limit") if key in record}
+    own = {key: record[key] for key in ("method", "items") if key in record}
     recipe = {k: v for k, v in record.get("recipe", {}).items() if k not in ("name", "precision")}
     return {**own, **recipe, **record.get("settings", {})}
 

@@ -121,7 +121,7 @@ def test_a_damaged_training_state_is_not_talked_about_twice(tmp_path: Path) -> N
 
 
 def test_a_flipped_byte_in_a_cell(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"seeds": (1,), "limit": 20, "progress": False}
+    options: dict[str, Any] = {"seeds": (1,), "items": 20, "progress": False}
     work = lambda: base_to_novel(shared_backbone(), ["shapes_filled"], RECIPE, tmp_path, **options)  # noqa: E731
     work()
     (cell,) = (p for p in (tmp_path / "cells").iterdir() if "zero-shot" not in p.name)
@@ -302,7 +302,7 @@ def test_a_mended_image_joins_sums_that_it_is_not_counted_in(skipped: bool, tmp_
 
 def test_training_on_a_disk_that_fills_up(small_disk: Path, tmp_path: Path) -> None:
     def work(out: Path) -> Any:
-        options: dict[str, Any] = {"seeds": (1, 2), "limit": 20, "progress": False}
+        options: dict[str, Any] = {"seeds": (1, 2), "items": 20, "progress": False}
         return base_to_novel(
             shared_backbone(), ["shapes_filled"], RECIPE, out, save_adapters=True, **options
         ).drop(columns="seconds")

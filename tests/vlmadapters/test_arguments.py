@@ -20,7 +20,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 
 FACES = Manifest.load("faces")
-QUICK: dict[str, Any] = {"limit": 10, "progress": False}
+QUICK: dict[str, Any] = {"items": 10, "progress": False}
 
 
 RESULTS = pd.DataFrame([dict.fromkeys(COLUMNS, 0)])

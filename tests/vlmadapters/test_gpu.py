@@ -200,7 +200,7 @@ def test_every_method_trains_and_predicts_on_the_gpu(method: str) -> None:
     recipe = small_recipe(method)
     found = va.train(
         model_on("cuda"), "shapes_filled", recipe, protocol="few-shot",
-        seeds=1, limit=40, progress=False,
+        seeds=1, items=40, progress=False,
     )  # fmt: skip
     assert found["accuracy"].between(0, 1).all() and len(found) == 3
 
@@ -215,7 +215,7 @@ def test_processes_that_decode_beside_a_training_change_nothing(
     found = [
         va.train(
             model_on("cuda"), "shapes_filled", recipe,
-            seeds=(1, 2), limit=40, progress=False, workers=workers,
+            seeds=(1, 2), items=40, progress=False, workers=workers,
         )
         for workers in (0, 2)
     ]  # fmt: skip

@@ -31,7 +31,7 @@ from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 # What decides which images test; the results table has no column for it.
-TESTED_BY = ("limit", "present_only", "skip_unreadable")
+TESTED_BY = ("items", "present_only", "skip_unreadable")
 
 
 class TrainPart(TrainOptions):

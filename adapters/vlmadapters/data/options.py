@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field
 
-from vlmlayers.options import Cli, ImageOptions
+from vlmlayers.options import ImageOptions
 
 
 class ReadOptions(ImageOptions):
@@ -22,6 +20,4 @@ class ReadOptions(ImageOptions):
 class DataOptions(ReadOptions):
     """How images are read, and how many of them test."""
 
-    limit: Annotated[int, Cli(("--items", "--limit"))] = Field(
-        default=0, ge=0, description="Test items per dataset, 0 for all."
-    )
+    items: int = Field(default=0, ge=0, description="Test items per dataset, 0 for all.")

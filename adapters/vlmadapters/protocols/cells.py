@@ -287,7 +287,7 @@ class CellFolder:
         if other:
             LOG.warning(
                 "%s: the table leaves out %s of another recipe, method or code of it, setting, "
-                "split, limit, template, precision, device, backbone or version; give these a "
+                "split, items, template, precision, device, backbone or version; give these a "
                 "folder of their own",
                 self.out,
                 counted(other, "finished cell"),

@@ -58,7 +58,7 @@ class Datasets:
             return self._known.setdefault(dataset.manifest.name, dataset)
         manifest = dataset if isinstance(dataset, Manifest) else Manifest.load(dataset)
         distinct([*(one.manifest for one in self._known.values()), manifest], self._root)
-        made = TaskData(manifest, self._model, self._root, self._options, self._options.limit)
+        made = TaskData(manifest, self._model, self._root, self._options, self._options.items)
         return self._known.setdefault(manifest.name, made)
 
     def tested(self, source: str) -> list[Target]:

@@ -86,7 +86,7 @@ class Identities:
             "protocol": protocol.name,
             "source": source,
             "split": self.datasets.split,
-            "limit": self.options.limit,
+            "limit": self.options.items,  # its name when the first cells were kept
             "left_out": [self.options.present_only, self.options.skip_unreadable],
             "template": self.template,
             "model": self._of_model,

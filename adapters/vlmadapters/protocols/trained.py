@@ -126,7 +126,7 @@ def evaluate_methods(
     plain = Method()
     rows = []
     manifests = (one if isinstance(one, Manifest) else Manifest.load(one) for one in datasets)
-    known = [TaskData(one, model, root, asked, asked.limit) for one in distinct(manifests, root)]
+    known = [TaskData(one, model, root, asked, asked.items) for one in distinct(manifests, root)]
     # All of them before the first test, which may take minutes.
     for data, kind in product(known, kinds):
         data.check(kind, "test")

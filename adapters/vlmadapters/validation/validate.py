@@ -159,7 +159,7 @@ def _recorded(experiment: Experiment, recipe: Recipe, data: Sequence[TaskData]) 
     """Return what `validation.json` says of how placements were trained and tested, and on what."""
     return {
         **recipe.described(),
-        "limit": experiment.options.limit,
+        "items": experiment.options.items,
         "device": str(experiment.model.device),
         "precision": experiment.evaluator.precision,
         "weights_hash": experiment.model.weights_hash,

@@ -105,16 +105,16 @@ def _typed(name: str, field: FieldInfo) -> inspect.Parameter:
     """Return a field of a set of options as the parameter of a verb."""
     cli = next((mark for mark in field.metadata if isinstance(mark, Cli)), Cli())
     help, default, kind = field.description or "", field.default, _plain(field.annotation)
-    names = cli.names or (f"--{name.replace('_', '-')}",)
+    flag = f"--{name.replace('_', '-')}"
     if cli.repeated:
         kind, default = list[str], None
-        option = repeated(help, *names, metavar=cli.repeated)
+        option = repeated(help, flag, metavar=cli.repeated)
     elif kind is list:
         kind, default = list[str], None  # help names what stands for those that are absent
-        option = several(help, *names)
+        option = several(help, flag)
     else:
         # One name alone: typer would add `--no-…`, which says nothing of what is off by default.
-        option = typer.Option(*(() if default is True else names), help=help)
+        option = typer.Option(*(() if default is True else (flag,)), help=help)
     taken: Any = kind if default is not None else kind | None
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[taken, option]

@@ -35,7 +35,7 @@ def explore(
     data: Any = None,
     thumbnail: bool = True,
     seed: Seed = 0,
-    limit: Count = 100,
+    items: Count = 100,
 ) -> Any:
     """Return an interactive view of features for Jupyter, made with Altair.
 
@@ -53,7 +53,7 @@ def explore(
             mapping from id to image. One of these itself where there is one dataset.
         thumbnail: Whether images are shown; False where they are not at hand.
         seed: Seed of the draw of items and of `tsne` and `umap`.
-        limit: Items at most of each dataset and tower.
+        items: At most so many of each dataset and tower.
 
     Returns:
         An `altair.Chart`, which Jupyter shows without a network.
@@ -78,7 +78,7 @@ def explore(
         row
         for method in methods
         for place, name in enumerate(shown)
-        for row in _rows(parts, name, place, method, tower, space, seed, limit)
+        for row in _rows(parts, name, place, method, tower, space, seed, items)
     ]
     pictures = _pictures(parts, rows, data) if pictured else []
     untrained = any(part.random_weights for part in parts)
@@ -97,11 +97,11 @@ def _rows(
     tower: ShownTower,
     space: Space,
     seed: int,
-    limit: int,
+    items: int,
 ) -> list[dict[str, Any]]:
     """Return the points of one position under one projection, scaled to the unit square."""
     table = project(
-        parts, position, method=method, tower=tower, space=space, seed=seed, limit=limit
+        parts, position, method=method, tower=tower, space=space, seed=seed, items=items
     )
     for axis in ("x", "y"):
         low, high = table[axis].min(), table[axis].max()

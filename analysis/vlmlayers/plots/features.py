@@ -43,7 +43,7 @@ def scatter(
     space: Space | None = None,
     palette: Any = None,
     seed: Seed = 0,
-    limit: Count = 500,
+    items: Count = 500,
     ax: Axes | None = None,
 ) -> Axes | np.ndarray:
     """Draw items as points: each image or text where two directions of its features put it.
@@ -58,7 +58,7 @@ def scatter(
         space: `native`, `normed` or `joint`; `joint` where both towers are shown, else `native`.
         palette: As seaborn takes it: a name, a list, or a mapping from category to colour.
         seed: Seed of the draw of items and of `tsne` and `umap`.
-        limit: Items at most of each dataset and tower.
+        items: At most so many of each dataset and tower.
         ax: Axes to draw on, for one position; a new figure where None.
 
     Returns:
@@ -73,7 +73,7 @@ def scatter(
         raise UserError("these features have no classes; colour='dataset' or 'modality' is left")
     tower = tower or ("both" if colour == "modality" else "vision")
     options: dict[str, Any] = {
-        "method": method, "tower": tower, "seed": seed, "limit": limit,
+        "method": method, "tower": tower, "seed": seed, "items": items,
         "space": space or ("joint" if tower == "both" else "native"),
     }  # fmt: skip
     one = isinstance(position, str)

@@ -108,7 +108,7 @@ def _as_asked(part: dict[str, Any]) -> list[str]:
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     for one in _several(part.pop("amounts", ())):
         words += ["--amounts", one]
-    return words + _options({"items" if key == "limit" else key: v for key, v in part.items()})
+    return words + _options(part)
 
 
 def _model_words(answer: Answer) -> list[str]:

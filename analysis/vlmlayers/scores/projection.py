@@ -36,7 +36,7 @@ def project(
     tower: ShownTower = "vision",
     space: Space = "native",
     seed: Seed = 0,
-    limit: Count = 2000,
+    items: Count = 2000,
 ) -> pd.DataFrame:
     """Return items as points of a plane, computed over all datasets together.
 
@@ -49,7 +49,7 @@ def project(
         tower: `both` needs `space="joint"`, where both have the same width.
         space: `native`, `normed` or `joint`.
         seed: Seed of the draw of items and of `tsne` and `umap`.
-        limit: Items at most of each dataset and tower, balanced over classes.
+        items: At most so many of each dataset and tower, balanced over classes.
 
     Returns:
         One row per item: `x`, `y`, `dataset`, `class`, `modality` (`image` or `text`), `item` (the
@@ -66,7 +66,7 @@ def project(
         raise UserError("images and texts have the same width in the joint space only: "
                         "space='joint'")  # fmt: skip
     names = ("vision", "text") if tower == "both" else (tower,)
-    found = [_points(part, part.tower(name), position, space, seed, limit)
+    found = [_points(part, part.tower(name), position, space, seed, items)
              for part in parts for name in names]  # fmt: skip
     values = np.concatenate([array for array, _ in found])  # (item, width)
     if len(values) < LEAST:
@@ -149,14 +149,14 @@ def _one_model(parts: Sequence[LayerFeatures]) -> None:
 
 
 def _points(
-    features: LayerFeatures, tower: TowerFeatures, position: str, space: str, seed: int, limit: int
+    features: LayerFeatures, tower: TowerFeatures, position: str, space: str, seed: int, items: int
 ) -> tuple[NDArray[np.float32], pd.DataFrame]:
     """Return features and what the items are, of a balanced draw of one tower."""
     if tower.tower == "text" and features.vision is not None and is_block(position):
         block = partner_block(int(position), features.vision.blocks, tower.blocks)
         position = str(block)
     tower.require_vectors()
-    rows = balanced_rows(tower.labels, limit, np.random.default_rng(seed))
+    rows = balanced_rows(tower.labels, items, np.random.default_rng(seed))
     frame = pd.DataFrame({
         "dataset": features.dataset,
         "class": [class_name(features, label) for label in tower.labels[rows]],

@@ -46,7 +46,7 @@ def test_the_pick_of_a_study_is_its_choice(tmp_path: Path) -> None:
         "shots": 2,
         "seeds": 1,
         "kinds": "last",
-        "limit": 8,
+        "items": 8,
     }
     validated["amount"] = "given"
     study = check_study(STUDY | {"validate": validated | {"datasets": "shapes_filled"}})

@@ -100,7 +100,7 @@ def test_each_method_of_a_table_may_have_a_recipe_of_its_own() -> None:
 
 def test_a_table_without_a_recipe_takes_that_of_the_backbone(tmp_path: Path) -> None:
     """As the verb `train` does; an epoch of CoOp's published recipe is warm-up, and refused."""
-    part = {"method": ["coop"], "set": {"epochs": 1, "shots": 1}, "seeds": [1], "limit": 8}
+    part = {"method": ["coop"], "set": {"epochs": 1, "shots": 1}, "seeds": [1], "items": 8}
     content = {"models": [{"name": "mini-clip"}], "datasets": ["digits"], "stages": ["train"]}
     run_study(check_study(content | {"train": [part]}), tmp_path, progress=False)
     assert "CoOp" in set(pd.read_csv(tmp_path / "results.csv")["method"])
@@ -147,7 +147,7 @@ def small(table: str) -> Any:
     content = tomllib.loads((STUDIES / f"mma_{table}.toml").read_text(encoding="utf-8"))
     content |= {"models": [{"name": "mini-clip"}], "datasets": ["shapes_filled"]}
     for part in content["train"]:
-        part |= {"datasets": ["shapes_filled"], "seeds": [1], "limit": 16, "workers": 0}
+        part |= {"datasets": ["shapes_filled"], "seeds": [1], "items": 16, "workers": 0}
         part |= {"recipe": "mini", "set": {"epochs": 1, "shots": 2}, "placements": ["12"]}
         if "targets" in part:
             part["targets"] = ["shapes_outline", "digits"]
@@ -194,11 +194,11 @@ def test_a_study_that_only_trains_writes_results_and_does_it_once(tmp_path: Path
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({}, "test faces by base-to-novel on different images: limit is 20 and 0; give them one"),
-        ({"datasets": ["signs", "faces"]}, "tables 1 and 3 .* test faces .* one limit"),
-        ({"limit": 20, "skip_unreadable": True}, "skip_unreadable is False and True"),
+        ({}, "test faces by base-to-novel on different images: items is 20 and 0; give them one"),
+        ({"datasets": ["signs", "faces"]}, "tables 1 and 3 .* test faces .* one items"),
+        ({"items": 20, "skip_unreadable": True}, "skip_unreadable is False and True"),
         ({"protocol": "cross-dataset", "targets": ["digits"]}, "test digits by cross-dataset"),
-        ({"limit": 20}, ""),
+        ({"items": 20}, ""),
         ({"protocol": "few-shot"}, ""),
         ({"datasets": ["signs"]}, ""),
     ],
@@ -208,7 +208,7 @@ def test_tables_that_test_a_dataset_on_different_images_are_refused(
 ) -> None:
     """Results of the second passed for those of the first, whose zero-shot CLIP stood for both."""
     transfer = {"protocol": "cross-dataset", "datasets": ["charts"], "targets": ["digits"]}
-    tables = [{"limit": 20}, transfer | {"limit": 20}, {"method": ["mma", "coop"]} | other]
+    tables = [{"items": 20}, transfer | {"items": 20}, {"method": ["mma", "coop"]} | other]
     context = context_of({"train": tables}, tmp_path)
     with pytest.raises(UserError, match=message) if message else nullcontext():
         train.check(context)
@@ -339,7 +339,7 @@ def test_the_other_studies_run_the_same_way(table: str, tmp_path: Path) -> None:
         ({"protocol": "few_shot"}, "did you mean 'few-shot'"),
         ({"protocol": "cross-dataset"}, "needs target datasets"),
         ({"targets": ["signs"]}, "tests the datasets that it trains on and no target"),
-        ({"items": 8}, "unknown key 'items'; did you mean 'limit'"),
+        ({"item": 8}, "unknown key 'item'; did you mean 'items'"),
         ({"recipe": "publishd"}, "did you mean 'published'"),
         ({"datasets": ["digts"]}, "did you mean 'digits'"),
         ({"placements": ["12-5-1"]}, "placement"),

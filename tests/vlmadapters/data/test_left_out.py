@@ -203,7 +203,7 @@ def test_a_half_of_one_class_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_the_verbs_take_both_options(broken: Path, caplog: pytest.LogCaptureFixture) -> None:
     from vlmlayers.cli import app
 
-    words = ["evaluate", "mini-clip", str(broken), "--limit", "9", "--quiet", "--present-only"]
+    words = ["evaluate", "mini-clip", str(broken), "--items", "9", "--quiet", "--present-only"]
     result = CliRunner().invoke(app, [*words, "--skip-unreadable"])
     assert result.exit_code == 0, result.output
     assert "images of pets cannot be read and are left out" in caplog.text

@@ -247,7 +247,7 @@ def test_rows_tell_where_training_saw_names_of_the_classes_it_is_tested_on(
     recipe = load_recipe("mini", "lasp").changed({"shots": 1, "epochs": 1}, settings)
     found = train(
         shared_backbone(), "shapes_filled", recipe.changed({}, {"templates": TEMPLATES}),
-        protocol=protocol, method="lasp", seeds=1, limit=8, progress=False,
+        protocol=protocol, method="lasp", seeds=1, items=8, progress=False,
     )  # fmt: skip
     trained = found[found["method"] == "LASP"]
     assert trained["note"].str.contains("names of the untrained classes").tolist() == [

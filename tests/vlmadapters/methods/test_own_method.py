@@ -59,7 +59,7 @@ def test_the_example_trains_is_saved_and_is_evaluated(
         "--method",
         f"{own}:Shift",
     ]
-    words += ["--placement", "2-3", "--seeds", "1", "--limit", "20", "--quiet"]
+    words += ["--placement", "2-3", "--seeds", "1", "--items", "20", "--quiet"]
     small = ["epochs=2", "shots=2", "lr=2.0", "crop_scale=0.9,1"]
     words += [part for setting in small for part in ("--set", setting)]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
@@ -73,7 +73,7 @@ def test_the_example_trains_is_saved_and_is_evaluated(
     assert read_info(file).config.name == "shift"
     assert load_method(file, shared_backbone()).parameter_count() == 192
     words = ["evaluate", "ViT-B-16", "--random-weights", "faces", "--adapter", str(file)]
-    done = CliRunner().invoke(app, [*words, "--limit", "20", "--quiet"], catch_exceptions=False)
+    done = CliRunner().invoke(app, [*words, "--items", "20", "--quiet"], catch_exceptions=False)
     assert done.exit_code == 0 and "Shift" in done.output
 
 
@@ -85,7 +85,7 @@ def cells(own: Path, out: Path) -> pd.DataFrame:
         recipe.changed({"epochs": 1, "shots": 1, "lr": 2.0}),
         out,
         seeds=[1],
-        limit=10,
+        items=10,
         progress=False,
     )
 
@@ -123,7 +123,7 @@ def test_draws_of_torchs_own_generator_follow_the_seed(own: Path) -> None:
 
     def trained(*seeds: int) -> list[float]:
         torch.rand(1)
-        table = va.train(shared_backbone(), "faces", recipe, seeds=seeds, limit=10, progress=False)
+        table = va.train(shared_backbone(), "faces", recipe, seeds=seeds, items=10, progress=False)
         return list(table.loc[table["seed"] == seeds[-1], "log_likelihood"])
 
     state = torch.random.get_rng_state()
@@ -162,7 +162,7 @@ def test_an_adapter_in_a_new_process_names_its_class(
     monkeypatch.setattr("vlmadapters.cli.train.load_backbone", lambda *_: model)
     monkeypatch.setattr("vlmadapters.cli.export.load_backbone", lambda *_: model)
     words = ["ViT-B-16", "--random-weights"]
-    tested = ["evaluate", *words, "faces", "--adapter", str(file), "--limit", "4", "--quiet"]
+    tested = ["evaluate", *words, "faces", "--adapter", str(file), "--items", "4", "--quiet"]
     exported = ["export", *words, str(file), "--out", str(tmp_path / "classes.safetensors")]
     for verb in (tested, exported):
         va.METHODS._registered.clear()  # as in a new process

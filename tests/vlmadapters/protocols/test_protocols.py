@@ -57,7 +57,7 @@ from vlmlayers.placement import Placement
 
 CONFIG = MMAConfig.span(2, 3, dim=4, scale=0.3)
 RECIPE = Recipe("test", TrainConfig(lr=0.3, epochs=1, batch_size=8, shots=2), CONFIG)
-QUICK: dict[str, Any] = {"limit": 48, "progress": False}
+QUICK: dict[str, Any] = {"items": 48, "progress": False}
 
 
 def run(out: Path | None = None, **options: Any) -> pd.DataFrame:
@@ -111,7 +111,7 @@ def test_a_sweep_decodes_each_test_image_once_where_those_of_one_dataset_fit(
             "base-to-novel",
             shared_backbone(),
             RECIPE,
-            options=DataOptions(limit=16),
+            options=DataOptions(items=16),
             progress=False,
         )
         table = experiment.run(names, several, seeds=(1, 2), together=1)
@@ -167,7 +167,7 @@ def test_adapters_that_an_earlier_command_did_not_keep_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As after `validate` in one folder: `train` ended well and left no adapter there."""
-    options = {"seeds": (1,), "limit": 8, "progress": False}
+    options = {"seeds": (1,), "items": 8, "progress": False}
     given = shared_backbone(), ["shapes_filled"], RECIPE, tmp_path
     train(*given, **options)
     assert "lacks" not in caplog.text
@@ -486,7 +486,7 @@ def test_what_is_tested_chooses_no_setting(split: str, monkeypatch: pytest.Monke
     """Tip-Adapter searched alpha and beta on validation items that were then tested."""
     given: list[Any] = []
     monkeypatch.setattr(Tip, "finish", lambda method, data: given.append(data.validation))
-    options = {"recipe": "mini", "method": ["tip"], "seeds": (1,), "limit": 16, "progress": False}
+    options = {"recipe": "mini", "method": ["tip"], "seeds": (1,), "items": 16, "progress": False}
     train(shared_backbone(), ["shapes_filled"], split=split, **options)
     assert [one is None for one in given] == [split == "val"]
 
@@ -558,12 +558,12 @@ def test_a_test_whose_answers_are_those_of_zero_shot_clip_says_so() -> None:
     still = new_adapter(model.clip, MMAConfig.span(2, 3, dim=4, scale=0.0), seed=1)
     moved.touch()
     methods = {Path("moved"): moved, Path("still"): still}
-    found = evaluate_methods(model, ["shapes_filled"], methods, limit=40, progress=False)
+    found = evaluate_methods(model, ["shapes_filled"], methods, items=40, progress=False)
     assert found.note.tolist() == ["", "", "", UNMOVED_TEST]
     assert found.changed.tolist()[2] > 0
     # What changed is told from zero-shot CLIP in the words of the test, not in the dataset's own.
     other = evaluate_methods(
-        model, ["shapes_filled"], {Path("still"): still}, template="{}", limit=40, progress=False
+        model, ["shapes_filled"], {Path("still"): still}, template="{}", items=40, progress=False
     )
     assert other.changed.tolist()[2] == 0
 
@@ -875,7 +875,7 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
 
     out = tmp_path / "out"
     command = ["train", str(model_folder), "shapes_filled", "--out", str(out), "--seeds", "1"]
-    command += ["--placement", "2-3", "--placement", "v3,t2-3", "--limit", "32", "--quiet"]
+    command += ["--placement", "2-3", "--placement", "v3,t2-3", "--items", "32", "--quiet"]
     settings = ("epochs=1", "shots=1", "batch_size=8", "lr=0.1", "scale=0.1", "dim=4")
     settings += ("momentum=0.8", "crop_ratio=0.8,1.25", "crop_scale=0.5,1", "onednn=false")
     command += [part for setting in settings for part in ("--set", setting)]
@@ -887,7 +887,7 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
     assert set(found[found.method == "MMA"].placement) == {"v2-3,t2-3", "v3,t2-3"}
     adapter = next(p for p in (out / "adapters").glob("*.safetensors") if "v2-3" in p.name)
     test = ["evaluate", str(model_folder), "shapes_filled", "--adapter", str(adapter)]
-    test += ["--kind", "base", "--kind", "novel", "--limit", "32", "--out", str(tmp_path / "e.csv")]
+    test += ["--kind", "base", "--kind", "novel", "--items", "32", "--out", str(tmp_path / "e.csv")]
     result = CliRunner().invoke(app, [*test, "--quiet"], catch_exceptions=False)
     assert result.exit_code == 0
     again = pd.read_csv(tmp_path / "e.csv", keep_default_na=False)

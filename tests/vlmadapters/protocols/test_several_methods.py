@@ -93,7 +93,7 @@ def test_a_sweep_gives_each_method_what_it_has_alone(
         "shapes_filled",
         "--seeds",
         "1",
-        "--limit",
+        "--items",
         "32",
         "--quiet",
     ]
@@ -121,7 +121,7 @@ def test_a_sweep_gives_each_method_what_it_has_alone(
 
     recipe = va.load_recipe("published", "coop").changed(small, {})
     alone = va.train(
-        shared_backbone(), "shapes_filled", [recipe], seeds=1, limit=32, progress=False
+        shared_backbone(), "shapes_filled", [recipe], seeds=1, items=32, progress=False
     )
     ours = alone[alone.method == "CoOp"].accuracy.tolist()
     assert ours == pytest.approx(coop.accuracy.tolist())
@@ -141,7 +141,7 @@ def test_zero_shot_clip_of_other_words_than_a_methods_is_told(
     caplog.set_level("INFO", "vlmadapters")
     first, second = (va.load_recipe("mini", name).at("t2") for name in ("mma", "coop"))
     first, second = (one.changed({"epochs": 2, "shots": 1}) for one in (first, second))
-    faces = {"seeds": 1, "limit": 8, "progress": False}
+    faces = {"seeds": 1, "items": 8, "progress": False}
     va.train(shared_backbone(), "faces", [first, second], **faces)
     assert "recipes differ" not in caplog.text
     other = second.replaced({"template": "{}!", "precision": "bf16"}, {})
@@ -172,7 +172,7 @@ def test_other_words_than_those_of_zero_shot_clip_are_no_change_by_training(
     still = va.load_recipe("mini", method).at("t2")
     still = still.changed({"shots": 1, "lr": 1e-12, "epochs": 2}, scale)
     other = replace(still, datasets={"faces": {"template": "noise, an ugly {} of many"}})
-    found = va.train(shared_backbone(), "faces", other, seeds=1, limit=40, progress=False)
+    found = va.train(shared_backbone(), "faces", other, seeds=1, items=40, progress=False)
     trained = found[found.seed == 1]
     assert set(trained.note) == {UNMOVED} and set(trained.changed) == {0.0}
     plain = found[found.method == ZERO_SHOT_CLIP]
@@ -188,7 +188,7 @@ def test_classes_that_one_dataset_of_several_cannot_hold_out_are_refused_before_
     coop = va.load_recipe("mini", "coop").at("t2").changed({"shots": 1, "epochs": 2})
     own = replace(coop, datasets={"flags": {"settings": {"class_specific": True}}})
     with pytest.raises(UserError, match="learns something of each class and cannot be tested"):
-        va.train(shared_backbone(), ["faces", "flags"], own, tmp_path, seeds=1, limit=8,
+        va.train(shared_backbone(), ["faces", "flags"], own, tmp_path, seeds=1, items=8,
                  progress=False)  # fmt: skip
     assert not (tmp_path / "cells").exists()
 

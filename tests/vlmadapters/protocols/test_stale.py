@@ -126,7 +126,7 @@ def test_a_copy_with_the_same_times_is_the_same_dataset(
 
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "items": {"limit": 8},
+    "items": {"items": 8},
     "shots": {"recipe": RECIPE.changed({"shots": 1})},
     "template": {"recipe": RECIPE.changed({"template": "{}"})},
     "rate": {"recipe": RECIPE.changed({"lr": 0.1})},
@@ -141,7 +141,7 @@ def test_a_folder_of_other_values_gives_what_an_empty_one_does(change: str, tmp_
     pics, model = add_classes(tmp_path / "pics", FOUR), shared_backbone()
 
     def table(out: Path | None, **changed: Any) -> pd.DataFrame:
-        asked = {"recipe": RECIPE, "protocol": "few-shot", "seeds": (1,), "limit": 12} | changed
+        asked = {"recipe": RECIPE, "protocol": "few-shot", "seeds": (1,), "items": 12} | changed
         found = train(model, pics, out=out, progress=False, **asked)
         return found.drop(columns="seconds")
 

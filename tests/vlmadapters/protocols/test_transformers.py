@@ -77,4 +77,4 @@ def test_a_model_of_patches_is_refused_in_one_line(tmp_path: Path) -> None:
         Images(model, Manifest.load("signs"))
     recipe = load_recipe("mini", depths={"vision": 2, "text": 2})
     with pytest.raises(UserError, match="takes patches, not images of one size"):
-        train(model, ["signs"], recipe, tmp_path, seeds=1, limit=20, progress=False)
+        train(model, ["signs"], recipe, tmp_path, seeds=1, items=20, progress=False)

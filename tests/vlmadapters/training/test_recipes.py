@@ -158,10 +158,10 @@ def test_training_acts_at_the_published_blocks_of_the_backbone(tmp_path: Path) -
     path = tmp_path / "own.toml"
     path.write_text('method = "cliplora"\nextends = "mini"\nepochs = 1\nshots = 1\n')
     model = shared_backbone()
-    found = va.train(model, "faces", path, method="cliplora", seeds=1, limit=4, progress=False)
+    found = va.train(model, "faces", path, method="cliplora", seeds=1, items=4, progress=False)
     assert set(found["placement"]) == {"", "v1-3,t1-3"}
     loaded = va.load_recipe(path).changed({"lr": 0.1})
-    again = va.train(model, "faces", loaded, method="cliplora", seeds=1, limit=4, progress=False)
+    again = va.train(model, "faces", loaded, method="cliplora", seeds=1, items=4, progress=False)
     assert set(again["placement"]) == {"", "v1-3,t1-3"}
     (read,) = read_recipes(str(path), {"lr": 0.1}, ["cliplora"], model)
     assert (read.label, read.train.lr) == ("v1-3,t1-3", 0.1)
@@ -178,7 +178,7 @@ def test_a_dataset_is_trained_by_its_own_values(own: str, tmp_path: Path) -> Non
     def trained(text: str) -> list[float]:
         path = tmp_path / "own.toml"
         path.write_text(f'extends = "mini"\nepochs = 1\nshots = 1\n{text}\n')
-        found = va.train(shared_backbone(), "faces", path, placement="1-3", seeds=1, limit=8,
+        found = va.train(shared_backbone(), "faces", path, placement="1-3", seeds=1, items=8,
                          progress=False)  # fmt: skip
         # What differs by dataset is no setting that datasets are averaged by.
         shown = found["settings"][found["method"] == "MMA"].str.contains("scale=")
@@ -252,6 +252,6 @@ def test_a_dataset_whose_training_is_all_warm_up_is_refused_before_another_one_t
 def test_recipes_in_place_of_settings_follow_the_depth_of_the_backbone_too() -> None:
     """`configs` trained a recipe at the blocks of ViT-B/16, or refused it on fewer."""
     loaded = load_recipe("mini", "cliplora").changed({"epochs": 1, "shots": 1})
-    found = va.train(shared_backbone(), "faces", loaded, configs=[loaded], seeds=1, limit=4,
+    found = va.train(shared_backbone(), "faces", loaded, configs=[loaded], seeds=1, items=4,
                      progress=False)  # fmt: skip
     assert set(found["placement"]) == {"", "v1-3,t1-3"}

@@ -849,7 +849,7 @@ def test_what_to_do_next_is_a_command_that_can_be_typed(validated: Run) -> None:
         given={"model": {"name": "ViT-B-16", "pretrained": "a b.pt", "mean": [0.5, 0.4, 0.3],
                          "random_weights": False}, "datasets": ["eurosat"], "data_root": "my data"},
         validate={"kinds": ["paper", "all"], "amounts": ["scale=0.3"], "set": {"shots": 8},
-                  "limit": 90, "seeds": [1, 2, 3], "present_only": True},
+                  "items": 90, "seeds": [1, 2, 3], "present_only": True},
     )  # fmt: skip
     proof, adapt = next_steps(read_answer(validated.folder))
     folder = str(validated.folder)
@@ -1196,7 +1196,7 @@ def test_trainings_that_differ_are_told_beside_their_means(validated: Run, tmp_p
     write_json(runs[0] / "validation.json", {**before, **ours})
     (told,) = [one for one in said() if one.startswith("Trained harmonic means do not compare: ")]
     assert "maple in two" in told and "99 in two" in told and "lr " in told and "7.0 in two" in told
-    assert "limit" not in told
+    assert "items" not in told
 
     def trained(first: dict[str, object], second: dict[str, object]) -> list[str]:
         for folder, other in zip(runs, (first, second)):
