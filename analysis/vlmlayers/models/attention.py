@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vlmlayers.errors import UserError
+from vlmlayers.models.devices import placed
 from vlmlayers.models.tower import Tower
 
 _MULTI_HEAD = signature(functional.multi_head_attention_forward)
@@ -118,7 +119,8 @@ def distance_share(weights: Tensor, seen: Tensor, tower: Tower, counted: Tensor 
     by attention: between patches on their grid, between tokens of a text along it. Class tokens and
     registers stand nowhere and are left out. Arguments and result are those of `entropy_share`.
     """
-    places = torch.tensor(tower.places(weights.shape[-1]), dtype=torch.float, device=weights.device)
+    places = torch.tensor(tower.places(weights.shape[-1]), dtype=torch.float)
+    places = placed(places, weights.device)  # once a block and batch: the host does not wait
     inside = slice(tower.prefix, tower.prefix + len(places))
     seen = seen.expand_as(weights).float()[..., inside, inside]
     weights = weights.float()[..., inside, inside]
