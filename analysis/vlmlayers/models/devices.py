@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmlayers.arguments import PRECISIONS
 from vlmlayers.errors import UserError, check_one_of, one_line
@@ -94,6 +94,29 @@ def products_in(precision: str) -> Iterator[None]:
             cudnn.allow_tf32 = convolutions
         for part, before in own:
             part.fp32_precision = before
+
+
+@contextmanager
+def casts_kept(model: nn.Module) -> Iterator[None]:
+    """Have autocast cast each frozen weight of a model once for all passes inside, not in each.
+
+    Torch keeps casts of parameters that want gradients alone, outside inference mode, until its
+    outermost region ends. What it keeps for the caller may be of weights that have changed since,
+    and what it keeps here would have no gradients in the caller's next step: both are dropped.
+    """
+    floats = (w for w in model.parameters() if w.is_floating_point())
+    frozen = [w for w in floats if not (w.requires_grad or w.is_inference())]
+    torch.clear_autocast_cache()
+    torch.autocast_increment_nesting()
+    try:
+        for weight in frozen:
+            weight.requires_grad_()
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
 
 
 def _newer_settings() -> list[Any]:

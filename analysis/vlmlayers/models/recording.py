@@ -304,11 +304,12 @@ class Recorder:
         """
         return self.start(batch)()
 
-    def start(self, batch: Tensor) -> Callable[[], Features]:
+    def start(self, batch: Tensor, *, keep_casts: bool = False) -> Callable[[], Features]:
         """Run the tower on one batch; return a function that gives its features.
 
         A GPU may still be computing: the function waits for the copy to the host, from any thread,
-        also when the next batch has been started.
+        also when the next batch has been started. Autocast may be let keep casts of weights where
+        nothing changes these: see `casts_kept`.
 
         Raises:
             HookDidNotFire: A block was not called.
@@ -317,7 +318,7 @@ class Recorder:
         if self._hooks is None:
             raise RuntimeError("a Recorder records inside its `with` block only")
         self._seen, self._ids = {}, None
-        with torch.inference_mode():
+        with torch.no_grad() if keep_casts else torch.inference_mode():
             if self.tower.valid is not None:
                 # All texts keep the same number of tokens where every token is stored.
                 batch = batch if self.pooling == TOKENS else self.tower.cut(batch)

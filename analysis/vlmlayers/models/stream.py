@@ -226,7 +226,7 @@ class _Stream:
         parts: list[Features] = []
         numbers: set[int] = set()
         with (
-            recorder,
+            self.work.recording(recorder),
             bar(
                 total=sum(len(batches[b]) for b in share),
                 initial=sum(len(batches[b]) for b in share if b in self.done),
@@ -268,7 +268,7 @@ class _Stream:
     def _texts(self, texts: list[str], labels: Any, pairs: Any = None) -> TowerFeatures:
         recorder = self.work.recorders["text"]
         parts = []
-        with recorder:
+        with self.work.recording(recorder):
             for rows in batches_of(len(texts), self.work.options.batch_size):
                 ids = self.work.tokens([texts[row] for row in rows])
                 parts.append(self.work.record(recorder, ids))

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -25,7 +25,7 @@ from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
 from vlmlayers.files import checksum
 from vlmlayers.identity import DataIdentity
 from vlmlayers.models.decoding import batches_of, decode, decoding_processes
-from vlmlayers.models.devices import memory_errors, products_in
+from vlmlayers.models.devices import casts_kept, memory_errors, products_in
 from vlmlayers.models.options import ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features, Recorder
@@ -195,7 +195,7 @@ class Work:
         # has to redo stay small.
         pending: Future[int] | None = None
         with (
-            recorder,
+            self.recording(recorder),
             ThreadPoolExecutor(1) as writer,
             bar(
                 total=finished + sum(len(batches[b]) for b in left),
@@ -217,7 +217,7 @@ class Work:
 
     def _fill_texts(self, sink: Sink, processes: Processes, texts: Sequence[str]) -> None:
         recorder, batches = self.recorders["text"], self._batches(len(texts))
-        with recorder:
+        with self.recording(recorder):
             for batch in processes.share(len(batches)):
                 if batch not in sink.done["text"]:
                     rows = batches[batch]
@@ -276,21 +276,31 @@ class Work:
         total, skip = len(self.items), self.options.skip_unreadable
         Unreadable(dict(bad)).settle(self.manifest.name, total, skip=skip)
 
+    @contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[None]:
+        """Hold what batches are recorded in, one after another."""
+        halved = self.options.precision in _AUTOCAST
+        with recorder, casts_kept(self.model.clip) if halved else nullcontext():
+            yield
+
     def record(self, recorder: Recorder, batch: Tensor) -> Features:
         """Return the features of one batch of images or token ids."""
         return self.start(recorder, batch)()
 
     def start(self, recorder: Recorder, batch: Tensor) -> Callable[[], Features]:
-        """Return what gives the features of one batch of images or token ids, see `Recorder`."""
+        """Return what gives the features of one batch of images or token ids, see `Recorder`.
+
+        To be called inside `recording`, which drops the casts that are kept from batch to batch.
+        """
         device, size = self.model.device, self.options.batch_size
         # Token ids stay whole numbers; only images take the type of the weights.
         kind = self.model.input_dtype if batch.is_floating_point() else None
         advice = f"lower batch_size ({size}; --batch-size), or take another device"
-        with memory_errors(device, advice), autocast(device, self.options.precision):
+        with memory_errors(device, advice), autocast(device, self.options.precision, keep=True):
             # From pinned memory, which `decode` was asked for, the copy runs beside the model.
             batch = batch.to(device, kind, non_blocking=True)
             try:
-                return recorder.start(batch)
+                return recorder.start(batch, keep_casts=self.options.precision in _AUTOCAST)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, IndexError):
@@ -300,12 +310,15 @@ class Work:
 
 
 @contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """Hold a pass at a precision: by autocast, or for fp32 and tf32 by that of products."""
+def autocast(device: torch.device, precision: str, *, keep: bool = False) -> Iterator[None]:
+    """Hold a pass at a precision: by autocast, or for fp32 and tf32 by that of products.
+
+    `keep` is for passes inside `casts_kept`.
+    """
     if precision in _AUTOCAST:
         # Without torch's cache of cast weights, which is emptied where the outermost autocast ends:
         # inside a caller's, each step after the first would be taken with the weights of that.
-        with torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=False):
+        with torch.autocast(device.type, dtype=_AUTOCAST[precision], cache_enabled=keep):
             yield
         return
     # The caller may be inside an autocast of its own.

@@ -14,12 +14,13 @@ import tiny
 import torch
 from data_fixtures import coop_dataset, picture
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import get_worker_info
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Manifest
-from vlmlayers.models import examine, extract, load_model, stream
+from vlmlayers.models import Recorder, examine, extract, load_model, stream
 from vlmlayers.models.decoding import FORKS, batches_of, decode, decoding_processes
 from vlmlayers.models.tokenizers import HubTokenizer, tokens_mark
 from vlmlayers.models.work import autocast
@@ -228,6 +229,53 @@ def test_autocast_is_close_and_features_stay_float32():
     for precision, there in (("fp32", False), ("bf16", True)):
         with autocast(torch.device("cpu"), precision):
             assert torch.is_autocast_enabled("cpu") is there
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_autocast_casts_weights_once_for_all_batches(frozen):
+    model = tiny.model()
+    model.clip.requires_grad_(not frozen)
+
+    def casts(batches):
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            asked = {"precision": "bf16", "tower": "vision"}
+            run(model=model, items=2 * batches, batch_size=2, **asked)
+        return sum(one.count for one in seen.key_averages() if one.key == "aten::_to_copy")
+
+    one, two, three = map(casts, (1, 2, 3))
+    weights = sum(w.ndim > 1 for w in model.clip.visual.transformer.parameters())
+    assert two - one == three - two <= one - weights
+
+
+def test_kept_casts_change_no_bit_and_are_of_the_weights_of_now():
+    model, manifest = tiny.model(seed=3), tiny.DrawnManifest()
+    model.clip.requires_grad_(False)
+    trained = model.clip.visual.transformer.resblocks[0].mlp.c_fc.weight
+    trained.requires_grad_()
+
+    def apart(items):
+        batch = torch.stack([tiny.preprocess(manifest.open_image(item)) for item in items])
+        recorder = Recorder(model.towers["vision"], ("native", "joint"))
+        with recorder, autocast(torch.device("cpu"), "bf16"):
+            return recorder(batch)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as around a caller's training
+        for _ in range(2):
+            made = run(manifest, model, precision="bf16", items=6, batch_size=3)
+            items = manifest.sample("train", 6)
+            for part in (slice(3), slice(3, 6)):
+                for space, positions in apart(items[part]).items():
+                    for position, values in positions.items():
+                        assert np.array_equal(made.vision.array(position, space)[part], values)
+            model.clip.encode_image(torch.rand(2, 3, 32, 32)).sum().backward()
+            assert trained.grad.abs().max() > 0, "a cast made without gradients would have none"
+            with torch.no_grad():
+                trained.mul_(1.5)
+    flags = {w: w.requires_grad for w in model.clip.parameters()}
+    assert [w for w, wants in flags.items() if wants] == [trained]
+    with pytest.raises(UserError):
+        run(tiny.DrawnManifest(broken={"train/003.png"}), model, precision="bf16")
+    assert {w: w.requires_grad for w in model.clip.parameters()} == flags
 
 
 def test_autocast_of_the_caller_is_not_that_of_the_features():

@@ -7,7 +7,7 @@ not take, fails as on a GPU. Values are looked at under the CPU's autocast.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmlayers.models import recording
+from vlmlayers.models.devices import casts_kept
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.tower import Tower
 from vlmlayers.models.towers import find_towers
@@ -71,8 +72,11 @@ def test_recording_stays_on_the_device_and_leaves_it_in_single_precision(
         tower = moved(clip)[name]
         for block in tower.blocks:
             block.register_forward_hook(lambda m, i, out: devices.add(tower.tokens(out).device))
-        with Recorder(tower, SPACES) as recorder, autocast(CUDA, precision):
-            found = recorder(tower.example(3))
+        keep = precision != "fp32"
+        kept = casts_kept(clip) if keep else nullcontext()
+        with Recorder(tower, SPACES) as recorder, kept, autocast(CUDA, precision, keep=keep):
+            for _ in range(2):  # the second with the casts of the first
+                found = recorder.start(tower.example(3), keep_casts=keep)()
     assert {device.type for device in devices} == {"cuda"}
     for space in SPACES:
         for position in tower.positions(space):
