@@ -8,8 +8,8 @@ from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import shipped
-from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS
 from vlmlayers.manifests.layouts import builtin
+from vlmlayers.manifests.layouts.folder import split_folders
 from vlmlayers.manifests.layouts.huggingface import METADATA, holds_tables
 from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_manifest
@@ -109,11 +109,7 @@ def _folder_spec(path: Path) -> Spec:
     content: dict[str, Any] = {"title": path.resolve().name or "images", "folder": "."}
     if holds_tables(path):
         return Spec(**content, layout="huggingface")
-    inside = {entry.name.casefold(): entry.name for entry in path.iterdir() if entry.is_dir()}
-    splits: dict[str, str] = {}
-    for word, split in SPLIT_WORDS.items():
-        if word in inside:
-            splits.setdefault(split, inside[word])
+    splits = split_folders(path)
     tables = {
         split: f"{folder}/{file}"
         for split, folder in splits.items()
@@ -126,5 +122,4 @@ def _folder_spec(path: Path) -> Spec:
     for file in METADATA:
         if (path / file).is_file():
             return Spec(**content, layout="table", split_file=(file,), columns=_HUB_COLUMNS)
-    ordered = {split: splits[split] for split in SPLITS if split in splits}
-    return Spec(**content, layout="folder", split_folders=ordered)
+    return Spec(**content, layout="folder", split_folders=splits)

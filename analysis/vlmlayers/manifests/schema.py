@@ -93,8 +93,9 @@ class Spec(Options):
         split_file: Candidates under the data root for the split, table or captions file.
         split_sha256: Known hashes of that file; empty where none is known.
         split_files: One file per split, under `folder` (layouts `table` and `lists`).
-        split_folders: Folder of each split under `images` (layout `folder`); none: one folder
-            for all, split by `fractions`. For `huggingface`: the library's name of each split.
+        split_folders: Folder of each split under `images` (layout `folder`); none: those called
+            train, val and test, else one for all, split by `fractions`. For `huggingface`: the
+            library's name of each split.
         shards: Tar files of each split under `folder`; `*` matches within a name.
         members: Endings of a sample's image, class and captions in shards.
         fractions: Shares of train, val and test where the files do not split.

@@ -326,6 +326,30 @@ def test_a_plain_folder_needs_no_manifest(tmp_path: Path, monkeypatch: pytest.Mo
         Manifest.load("")
 
 
+def test_a_silent_manifest_reads_a_folder_as_its_path_does(tmp_path: Path) -> None:
+    paths = ["train/cat/1.png", "train/dog/1.png", "Test/cat/2.png"]
+    manifest = folder_dataset(tmp_path / "pets", paths)
+    assert manifest.class_names() == ("cat", "dog") and manifest.splits() == ("train", "test")
+    assert [item.path for item in manifest.items("test")] == ["Test/cat/2.png"]
+    plain = Manifest.load(tmp_path / "pets")
+    assert [plain.items(split) for split in plain.splits()] == [
+        manifest.items(split) for split in manifest.splits()
+    ]
+    # Whoever gives shares says that the folders are classes.
+    divided = folder_dataset(tmp_path / "pets", [], "fractions = { train = 0.5, test = 0.5 }")
+    assert divided.class_names() == ("Test", "train")
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    write_pictures(
+        tmp_path / "set", [f"{c}/{i}.png" for c in ("bus", "car", "train") for i in "123"]
+    )
+    assert Manifest.load(tmp_path / "set").class_names() == ("bus", "car", "train")
+    assert folder_dataset(tmp_path / "set", []).class_names() == ("bus", "car", "train")
+    write_pictures(tmp_path / "set", ["val/bus/4.png"])
+    assert Manifest.load(tmp_path / "set").splits() == ("train", "val")
+
+
 def test_classes_beside_the_splits_are_said_to_be_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

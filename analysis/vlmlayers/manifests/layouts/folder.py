@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlmlayers.data.names import IMAGE_SUFFIXES, UNREAD_SUFFIXES, is_foreign, suffix_of
 from vlmlayers.errors import UserError
-from vlmlayers.manifests.items import SPLITS, Item, is_text, stratified_split
+from vlmlayers.manifests.items import SPLIT_WORDS, SPLITS, Item, is_text, stratified_split
 from vlmlayers.manifests.layouts.base import Layout, class_keys
 from vlmlayers.manifests.layouts.classes import class_word
 from vlmlayers.manifests.layouts.table import READERS
@@ -30,6 +30,9 @@ class FolderLayout(Layout):
     def __init__(self, place: Place) -> None:
         self.place = place
         self.split_folders = place.spec.split_folders
+        if not self.split_folders and "fractions" not in place.spec.model_fields_set:
+            # A manifest that is silent gets what its folder gets when it is named by its path.
+            self.split_folders = split_folders(place.images)
         self._left_out: dict[str, list[str]] = {}  # paths by what they are
 
     def splits(self) -> tuple[str, ...]:
@@ -223,6 +226,29 @@ class FolderLayout(Layout):
                     f"in place of its folder: {folder / table}"
                 )
         return tuple(found)
+
+
+def split_folders(images: Path) -> dict[str, str]:
+    """Return the folder of each split among those in a folder; none where they are classes.
+
+    A class may have the name of a split, as `train` beside `car` and `bus`: such a folder holds
+    images alone, and so does another beside it.
+    """
+    inside = [entry.name for entry in _entries(images) if entry.is_dir()] if images.is_dir() else []
+    words = {name.casefold(): name for name in inside}
+    named: dict[str, str] = {}
+    for word, split in SPLIT_WORDS.items():
+        if word in words:
+            named.setdefault(split, words[word])
+    others = [name for name in inside if name.casefold() not in SPLIT_WORDS]
+    if named and all(_holds_images_alone(images / name) for name in named.values()):
+        named = {} if any(_holds_images_alone(images / name) for name in others) else named
+    return {split: named[split] for split in SPLITS if split in named}
+
+
+def _holds_images_alone(folder: Path) -> bool:
+    names = [entry.name for entry in _entries(folder) if not is_foreign(entry.name)]
+    return bool(names) and all(map(_is_image, names))
 
 
 def _holds_classes(folder: Path) -> bool:
