@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from vlmlayers.arguments import Precision
-from vlmlayers.errors import check_one_of
+from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import ImageOptions, Options, Several, at_key
-from vlmlayers.positions import POOLINGS, TOKENS, TOWERS, check_space
+from vlmlayers.positions import POOLINGS, SPACES, TOKENS, TOWERS, check_space
+
+BOTH_TOWERS = "streaming sums both towers; extract the features of one, and score them"
 
 
 def _tower(name: str) -> str:
@@ -76,8 +78,24 @@ class RecordOptions(ImageOptions):
             yield "text", "says what texts are; tower='vision' records none"
         if self.tower == "text":
             yield "decoding", "is of images; tower='text' records none"
+            yield "skip_unreadable", "is of images; tower='text' records none"
         if self.tower is not None and self.tower not in self.pooling:
             yield "pooling", f"is of another tower; tower={self.tower!r} alone is recorded"
+
+
+def check_streamable(options: RecordOptions) -> None:
+    """Refuse what sums cannot hold.
+
+    Raises:
+        UserError: One tower alone, tokens, or a space of attention is recorded.
+    """
+    if not {*options.spaces} <= {*SPACES} or TOKENS in options.pooling.values():
+        raise UserError(
+            "streaming sums one vector per item: without pooling='tokens' and attention spaces; "
+            "store those with extract(…, out=)"
+        )
+    if options.tower is not None:
+        raise UserError(BOTH_TOWERS)
 
 
 def _numbers(given: Any) -> Any:

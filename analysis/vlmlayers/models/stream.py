@@ -20,6 +20,7 @@ import numpy as np
 
 from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
+from vlmlayers.extraction import BOTH_TOWERS, check_streamable
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.features.store import (
     DamagedStore,
@@ -40,7 +41,6 @@ from vlmlayers.models.reduce import merge_over_processes, summed
 from vlmlayers.models.vlm import LoadedModel
 from vlmlayers.models.work import Texts, Work, refuse_not_finite
 from vlmlayers.options import validated
-from vlmlayers.positions import SPACES, TOKENS
 from vlmlayers.progress import bar
 from vlmlayers.scores.sums import DatasetSums, StreamingScores
 from vlmlayers.words import counted
@@ -79,13 +79,9 @@ def stream(
         UserError: As `extract`.
     """
     given = validated(ExtractOptions, options, "stream")
-    if not {*given.spaces} <= {*SPACES} or TOKENS in given.pooling.values():
-        raise UserError(
-            "streaming sums one vector per item: without pooling='tokens' and attention spaces; "
-            "store those with extract(…, out=)"
-        )
-    if given.tower is not None or len(model.towers) < 2:
-        raise UserError("streaming sums both towers; extract the features of one, and score them")
+    check_streamable(given)
+    if len(model.towers) < 2:
+        raise UserError(BOTH_TOWERS)
     work, header, identity = prepare(model, manifest, split, given)
     if "text" not in work.recorders:
         raise UserError(

@@ -163,7 +163,8 @@ def _refuse_missing(context: StageContext, place: Path) -> None:
 
     A dataset of which anything is kept is left to its own check: its images may have been deleted.
     """
-    if context.study.extract.skip_unreadable:
+    # Texts come from names and captions, which the manifest holds.
+    if context.study.extract.skip_unreadable or context.study.extract.tower == "text":
         return
     for data in context.datasets:
         if not (place / data.folder).exists():

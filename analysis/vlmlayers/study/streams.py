@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmlayers.errors import UserError
+from vlmlayers.extraction import check_streamable
 from vlmlayers.runs import Run, environment, is_first_process
 from vlmlayers.study.context import StageContext, StudyDataset, silent
 from vlmlayers.study.preflight import check_before
@@ -52,6 +53,7 @@ def stream_study(
     """
     if len(study.models) > 1:
         raise UserError("streaming takes one model at a time; name one")
+    check_streamable(study.extract)
     root = None if data_root is None else Path(data_root)
     context = StageContext(
         Run(Path(out)), study, study.models[0], Path(base), root, echo, progress, device

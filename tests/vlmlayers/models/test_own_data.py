@@ -379,6 +379,7 @@ def test_a_loader_of_each_row_once_is_its_dataset(options):
         ({"template": "a {}", "tower": "vision"}, "template makes prompts; tower='vision'"),
         ({"pooling": {"text": "mean"}, "tower": "vision"}, "pooling is of another tower"),
         ({"decoding": "reduced", "tower": "text"}, "decoding is of images"),
+        ({"skip_unreadable": True, "tower": "text"}, "skip_unreadable is of images"),
         ({"items": [Item("there.png", 0, "a")]}, "own data has no item 'there.png'"),
     ],
 )

@@ -136,11 +136,16 @@ def test_missing_images_are_told_before_any_dataset_is_encoded(tmp_path: Path) -
     (tmp_path / "lost.toml").write_text(
         'title = "Lost"\nfolder = "."\nlayout = "table"\nsplit_file = "list.csv"\n'
     )
-    extract = {"split": "train", "items": 8}
+    extract: dict[str, Any] = {"split": "train", "items": 8}
     study = check_study({**BASE, "datasets": ["digits", "lost.toml"], "extract": extract})
     with pytest.raises(UserError, match="lost: 1 of 1 images are not in"):
         run_study(study, tmp_path / "out", base=tmp_path)
     assert not (tmp_path / "out" / "features").exists()
+    # The text tower alone needs no image.
+    extract["tower"] = "text"
+    texts = check_study({**BASE, "datasets": ["lost.toml"], "extract": extract})
+    run_study(texts, tmp_path / "texts", base=tmp_path, only=["extract"], progress=False)
+    assert [*(tmp_path / "texts/features").iterdir()]
 
 
 @pytest.mark.parametrize("file", sorted(STUDIES.glob("*.toml")), ids=lambda p: p.stem)
@@ -842,13 +847,16 @@ def test_a_stopped_stream_goes_on_from_its_sums_unless_it_is_forced(
         ({"models": [{"name": "mini-clip"}, {"name": "mini-clip", "random_weights": True}]},
          "streaming takes one model at a time; name one"),
         ({"models": [{"name": "mini-clip", "pretrained": "nosuch"}]}, "nosuch"),
+        ({"extract": {"tower": "text"}}, "streaming sums both towers"),
+        ({"extract": {"pooling": {"vision": "tokens"}}}, "streaming sums one vector per item"),
+        ({"extract": {"spaces": ["attention_entropy"]}}, "streaming sums one vector per item"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_streamed_is_said_before_a_model_is_loaded(
     change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StageContext, "load_model", lambda *_: pytest.fail("a model is loaded"))
-    study = check_study({"datasets": ["digits"], **change})
+    study = check_study({"models": [{"name": "mini-clip"}], "datasets": ["digits"], **change})
     with pytest.raises(UserError, match=message):
         stream_study(study, tmp_path / "out", metrics=["effective_rank"], progress=False)
     assert not (tmp_path / "out").exists()
