@@ -28,7 +28,7 @@ from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import atomically, checksum, write_text
-from vlmlayers.models.checkpoints import BROKEN
+from vlmlayers.models.checkpoints import BROKEN, refuse_no_torch_file
 from vlmlayers.models.vlm import shared_structure
 
 LOG = logging.getLogger(__name__)
@@ -348,14 +348,14 @@ def _writers(state: Mapping[str, Tensor], backbone: Backbone, task: Task, least:
 def read_tensors_only(path: str | Path) -> dict[str, Any]:
     """Load a torch file that holds tensors and plain values; anything else is refused unread."""
     try:
+        refuse_no_torch_file(Path(path))
         with warnings.catch_warnings():  # of a damaged header; what comes of it is said below
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} holds more than tensors and is not opened, as loading it would run code "
-            f"({reason[:80]}); ask its author for the state dictionary alone"
+            f"{path} holds more than tensors and is not opened, as loading it would run code; ask "
+            "its author for the state dictionary alone"
         ) from error
     except BROKEN as error:
         raise UserError(f"cannot read the checkpoint {path}: {one_line(error)}") from error

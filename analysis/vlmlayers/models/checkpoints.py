@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,26 @@ BROKEN = (
     ArithmeticError,
     MemoryError,
 )
+# How files of `torch.save` begin: a zip archive, or before torch 1.6 a pickle of protocol 2.
+_BEGINNINGS = (b"PK", b"\x80")
+
+
+def refuse_no_torch_file(path: Path) -> None:
+    """Refuse a file that `torch.save` did not write, of which torch says that it might run code.
+
+    Raises:
+        UserError: It is empty, a page of a website, a pointer to a large file, or whatever else.
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(24)
+    if not start:
+        raise UserError(f"{path} is empty (0 bytes)")
+    if not start.startswith(_BEGINNINGS):
+        raise UserError(
+            f"{path} was not written by torch.save: it begins with {start!r}; a download may have "
+            "brought a page or a pointer in place of the file"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +103,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         elif is_archive(path):
             found = read_archive(path)
         else:
-            # Unpickling runs any code that a file names; tensors alone cannot.
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            refuse_no_torch_file(path)
+            with warnings.catch_warnings():  # of an unusual pickle; what comes of it is said below
+                warnings.simplefilter("ignore", UserWarning)
+                # Unpickling runs any code that a file names; tensors alone cannot.
+                found = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
     except pickle.UnpicklingError as error:

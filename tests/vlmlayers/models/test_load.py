@@ -332,6 +332,15 @@ def test_a_pickle_is_refused_and_not_executed(folder, writer):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("content", ["<!doctype html>", "version https://git-lfs.github.com/spec"])
+def test_what_a_download_brought_in_place_of_weights_is_shown(folder, content):
+    (folder / "page.pt").write_text(content)
+    with pytest.raises(
+        UserError, match=f"not written by torch.save: it begins with b'{content[:20]}"
+    ):
+        load_model("local", config=folder / "open_clip_config.json", checkpoint=folder / "page.pt")
+
+
 def test_torch_files_without_a_state_dict(folder):
     for value in (torch.zeros(2), {"a": 1}, {}):
         torch.save(value, folder / "x.pt")
