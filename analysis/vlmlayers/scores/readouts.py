@@ -36,8 +36,9 @@ LOG = logging.getLogger(__name__)
 class Split:
     """Items of one seed: their classes, their folds, and which folds are held out in turn.
 
-    `groups` says which items are resampled together, where some are; `best` is the largest
-    accuracy that copies of an item in several classes leave possible.
+    `groups` says which items are resampled together, where some are: those that are dealt to folds
+    together, as captions of an image and, in a split by class, all items of a class. `best` is the
+    largest accuracy that copies of an item in several classes leave possible.
     """
 
     seed: int
@@ -76,6 +77,14 @@ class Split:
         np.add.at(sizes, (groups, truth), 1.0)
         np.add.at(hits, (groups, truth), predicted[held] == truth)
         return _grouped_interval(hits, sizes, self.best, draws, self.seed)
+
+    def independent(self) -> Labels:
+        """Return how many items of each class are held out, those dealt together as one."""
+        tested = np.isin(self.fold, self.held)
+        labels = self.labels[tested]
+        if self.groups is not None:
+            labels = np.unique(np.stack([labels, self.groups[tested]]), axis=1)[0]
+        return np.bincount(labels, minlength=self.classes)
 
     def noted(self, point: Point) -> dict[str, Any]:
         """Return what is noted beside a value: neighbours as many as every turn had."""
@@ -135,7 +144,8 @@ def run_classes(scoring: Scoring) -> None:
                     with point.attempt():
                         for split, predicted in zip(splits, found):
                             counts = split.counts(predicted)
-                            add_accuracy(point, counts, split.seed, **split.noted(point))
+                            interval = split.interval(predicted, options.bootstrap)
+                            add_accuracy(point, counts, split.seed, interval, **split.noted(point))
 
 
 def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Split:
@@ -186,14 +196,15 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
         "folds": folds,
     }
     held = evaluated_folds(fold, folds, options.held_out)
-    split = Split(seed, rows, labels, fold, folds, held, len(sources), noted)
+    split = Split(
+        seed, rows, labels, fold, folds, held, len(sources), noted, dealt_together(groups)
+    )
     if not prompts:
         return split
     tested = np.isin(fold, held)
     best = _ceiling(labels[tested], _numbered(texts)[tested])
     noted["ceiling"] = round(best, 4)
-    shared = len(set(groups)) < len(groups)
-    return replace(split, best=best, groups=_numbered(groups) if shared else None)
+    return replace(split, best=best)
 
 
 def tell_classes_left_out(scoring: Scoring) -> None:
@@ -281,7 +292,8 @@ def class_split(features: TowerFeatures, options: ScoreOptions, seed: int) -> Sp
     noted = {"classes": len(usable), "folds": folds}
     if len(usable) < len(sizes):
         noted["classes_left_out"] = len(sizes) - len(usable)
-    return Split(seed, (rows,), labels, fold, folds, held, len(usable), noted)
+    shared = dealt_together(groups[rows].tolist())
+    return Split(seed, (rows,), labels, fold, folds, held, len(usable), noted, shared)
 
 
 def held_out_predictions(
@@ -386,7 +398,7 @@ def _grouped_interval(
     weights = bootstrap_weights(strata, draws, generator(Draw.ACCURACY, seed))
     draws_of_mean = ratio(weights @ hits, weights @ sizes).mean(axis=1)
     # Where such groups are too few to be drawn by themselves, some draws share less.
-    return percentile(np.minimum(draws_of_mean, best))
+    return percentile(np.minimum(draws_of_mean, best), len(sizes) - len(np.unique(strata)))
 
 
 def add_accuracy(
@@ -433,6 +445,7 @@ def _add_derived(
         noted["floor"] = round(float(metric.function(_with_accuracy(split.best, len(counts)))), 4)
     common = {"readout": metric.base, **noted}
     common |= point.options.arguments(METRICS[metric.base])
+    units = split.independent()
     # Rows come in the order in which the datasets were named.
     named = [member.dataset for member in point.scoring.group.members]
     order = [named.index(dataset) for dataset in datasets]
@@ -442,7 +455,7 @@ def _add_derived(
         own = {"predicted": datasets[index[1]]} if len(index) == 2 else {}
         n = int(counts[index[0]].sum()) if index else int(counts.sum())
         if index:  # a single share is binomial
-            low, high = map(float, wilson(value[index], n))
+            low, high = map(float, wilson(value[index], float(units[index[0]])))
         else:
             ends = (_with_accuracy(end, len(counts)) for end in interval)
             low, high = sorted(float(metric.function(end)) for end in ends)
@@ -469,6 +482,11 @@ def _numbered(keys: Sequence[Hashable]) -> Labels:
     """Return each key as a number, the same for equal ones, (item,)."""
     number: dict[Hashable, int] = {}
     return np.array([number.setdefault(key, len(number)) for key in keys], dtype=np.int64)
+
+
+def dealt_together(groups: Sequence[Hashable]) -> Labels | None:
+    """Return the group of each item by number, (item,); None where each is one of its own."""
+    return _numbered(groups) if len(set(groups)) < len(groups) else None
 
 
 def _ceiling(labels: Labels, texts: Labels) -> float:

@@ -19,7 +19,7 @@ from vlmlayers.scores.parts import (
     shots_and_queries,
 )
 from vlmlayers.scores.reading import POOLED
-from vlmlayers.scores.readouts import Split, add_accuracy, held_out_predictions
+from vlmlayers.scores.readouts import Split, add_accuracy, dealt_together, held_out_predictions
 from vlmlayers.scores.scoring import Point, Scoring, Source
 
 
@@ -126,7 +126,9 @@ def run_styles(scoring: Scoring) -> None:
                     with point.attempt():
                         for split, predicted in zip(splits, found):
                             counts = split.counts(predicted)
-                            add_accuracy(point, counts, split.seed, **noted, **point.arguments())
+                            interval = split.interval(predicted, options.bootstrap)
+                            also = {**noted, **point.arguments()}
+                            add_accuracy(point, counts, split.seed, interval, **also)
 
 
 def run_style_classes(scoring: Scoring) -> None:
@@ -171,7 +173,18 @@ def _style_split(
     folds = min(options.folds, len(shared))
     fold = deal(strata, groups, groups, folds, rng)
     held = evaluated_folds(fold, folds, options.held_out)
-    return Split(seed, tuple(rows), np.asarray(strata), fold, folds, held, len(sources), {})
+    # Classes are what is new in a part, and items of one err together: classes are resampled.
+    return Split(
+        seed,
+        tuple(rows),
+        np.asarray(strata),
+        fold,
+        folds,
+        held,
+        len(sources),
+        {},
+        dealt_together(groups),
+    )
 
 
 def _shared_rows(source: Source, shared: list[str]) -> tuple[Labels, Labels]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import binomtest, norm, ttest_1samp
 
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.intervals import (
@@ -79,6 +79,13 @@ def test_draws_that_all_lie_above_the_value_are_moved_onto_it() -> None:
     draws = np.random.default_rng(2).exponential(size=4000) + 5.0
     low, high = percentile_about(3.0, draws)
     assert (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]) - draws.mean() + 3.0)
+
+
+def test_percentiles_of_few_units_lie_as_far_out_as_those_of_student() -> None:
+    """Of six units, 5 of them free: t = 2.5706, as tables have it, where a normal one has 1.96."""
+    draws = norm.ppf(np.linspace(0, 1, 100_001)[1:-1])
+    assert percentile(draws, 5) == pytest.approx((-2.5706, 2.5706), abs=1e-3)
+    assert percentile(draws, 10**6) == pytest.approx(percentile(draws), abs=1e-3)
 
 
 def test_unequal_classes_weigh_the_same() -> None:

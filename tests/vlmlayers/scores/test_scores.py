@@ -25,6 +25,7 @@ from vlmlayers.metrics.intervals import (
     jackknife_groups,
     jackknife_interval,
     mean_interval,
+    wilson,
 )
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores import (
@@ -1016,6 +1017,14 @@ def test_shares_of_one_dataset_come_with_wilsons_interval(scores: pd.DataFrame) 
     rows = scores[scores.metric == "dataset_recall"]
     assert rows["options"].str.contains("interval=wilson").all()
     assert (rows["high"] - rows["low"] > 0.05).all()
+
+
+def test_a_share_of_captions_is_as_sure_as_of_so_many_images() -> None:
+    members = [make_features(name, number=i, captions=5) for i, name in enumerate("ab")]
+    table = score(members, ["dataset_recall"], positions=["2"], **QUICK)
+    for one in table[table["tower"] == "text"].to_dict("records"):
+        expected = wilson(one["value"], one["n"] / 5)
+        assert (one["low"], one["high"]) == pytest.approx(expected)
 
 
 def test_items_that_coincide_count_once_in_all_that_is_said_of_an_intrinsic_dimension() -> None:
