@@ -107,6 +107,10 @@ def test_a_flipped_byte_in_a_training_state(tmp_path: Path) -> None:
     torch.save(content, file)
     with pytest.raises(UserError, match=r"training\.pt is altered: its checksum differs; remove"):
         load_training_state(tmp_path, identity)
+    for damaged in (b"", b"\0" + file.read_bytes()[1:], file.read_bytes()[:500]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"training\.pt cannot be read as .*; remove it"):
+            load_training_state(tmp_path, identity)
 
 
 def test_a_damaged_training_state_is_not_talked_about_twice(tmp_path: Path) -> None:

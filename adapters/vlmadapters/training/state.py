@@ -31,7 +31,13 @@ def load_training_state(folder: Path, identity: Mapping[str, Any]) -> Any:
     path = folder / STATE_FILE
     if not path.exists():
         return None
-    content = read_tensors_only(path)
+    try:
+        content = read_tensors_only(path)
+    except UserError as error:
+        # The file is ours: nobody has to be asked for another.
+        raise UserError(
+            f"{path} cannot be read as a state of training; remove it to train this group again"
+        ) from error
     expected = content.pop("checksum", None)
     if content_checksum(content) != expected:
         raise UserError(
