@@ -241,7 +241,9 @@ def test_a_search_over_datasets_and_seeds_counts_each_draw(
     assert cost["steps"] == table["steps"].sum() > 0
     assert cost["trainings"] == pytest.approx(cost["steps"] / 14, abs=0.01)
     once = table.drop_duplicates(["dataset", "seed", "fold", "setting"])
-    assert len(once) == len(table) and cost["seconds"] == pytest.approx(table["seconds"].sum(), 0.1)
+    assert len(once) == len(table)
+    # Told to a tenth of a second.
+    assert cost["seconds"] == pytest.approx(table["seconds"].sum(), abs=0.06)
     assert said["criterion"]["name"] == "accuracy" and "harmonic mean" in said["criterion"]["means"]
     assert f" Compared by {said['criterion']['means']}." in found.statement
     order = ranking(table, "v2-3,t2-3", "accuracy")
