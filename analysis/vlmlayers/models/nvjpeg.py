@@ -76,6 +76,7 @@ def decoded(
 
     Raises:
         NotJPEG: An image is no JPEG.
+        UserError: The device cannot decode one that is whole.
     """
     for _, sample in samples:
         if isinstance(sample, NotJPEG):
@@ -85,7 +86,7 @@ def decoded(
     try:
         pixels: list[Any] = _pixels([content for _, content, _ in good], device)
     except RuntimeError:  # one is broken: the decoder gives all of a batch or none
-        pixels = [_pixels_or_fault(content, device) for _, content, _ in good]
+        pixels = [_pixels_or_fault(content, device, items[row].path) for row, content, _ in good]
     for (row, _, orientation), image in zip(good, pixels):
         if isinstance(image, Tensor):
             made[row] = shape(upright(image, orientation))
@@ -106,11 +107,20 @@ def _pixels(contents: Sequence[bytes], device: torch.device) -> list[Tensor]:
     return list(found)
 
 
-def _pixels_or_fault(content: bytes, device: torch.device) -> Tensor | UserError:
+def _pixels_or_fault(content: bytes, device: torch.device, path: str) -> Tensor | UserError:
     try:
         return _pixels([content], device)[0]
+    except torch.OutOfMemoryError:  # another process may fill the device
+        raise
     except RuntimeError as error:
-        return UserError(f"cannot be decoded: {one_line(error)}")
+        fault = one_line(error)
+    try:
+        _pixels([content], torch.device("cpu"))
+    except RuntimeError:
+        return UserError(f"cannot be decoded: {fault}")
+    # The device is at fault: told of each image, it would read as a dataset that is broken.
+    raise UserError(f"nvJPEG cannot decode {path}, which is whole: {fault}; take decoding full or "
+                    "reduced")  # fmt: skip
 
 
 def upright(pixels: Tensor, orientation: int) -> Tensor:

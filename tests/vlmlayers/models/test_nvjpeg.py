@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmlayers.errors import NotJPEG, UserError
 from vlmlayers.manifests import Manifest
-from vlmlayers.models import extract
+from vlmlayers.models import extract, nvjpeg
 from vlmlayers.models.decoding import decode
 from vlmlayers.models.nvjpeg import refuse_nvjpeg
 
@@ -106,6 +106,37 @@ def test_what_cannot_be_done_is_refused_before_anything_is_decoded(tmp_path: Pat
         model.preprocess = tiny.preprocess
         with pytest.raises(UserError, match="this model's own preprocessing cannot"):
             refuse_nvjpeg(model, manifest, manifest.items("train"))
+
+
+def decoded_on_a_gpu_in_trouble(
+    monkeypatch: pytest.MonkeyPatch, manifest: Manifest, trouble: RuntimeError
+) -> Any:
+    own = nvjpeg.decode_jpeg
+
+    def decode_jpeg(*args: Any, device: torch.device, **options: Any) -> Any:
+        if device == CUDA:
+            raise trouble
+        return own(*args, device=device, **options)
+
+    monkeypatch.setattr(nvjpeg, "decode_jpeg", decode_jpeg)
+    items = manifest.items("train")
+    files = nvjpeg.JPEGFiles(manifest, items, None)
+    samples = [files[row] for row in range(len(items))]
+    return nvjpeg.decoded(samples, items, lambda pixels: pixels, CUDA)
+
+
+def test_a_device_that_cannot_decode_is_no_fault_of_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = jpegs(tmp_path, [picture(0, (40, 40))])
+    with pytest.raises(UserError, match="0.jpg, which is whole: nvjpeg: 6; take decoding full"):
+        decoded_on_a_gpu_in_trouble(monkeypatch, manifest, RuntimeError("nvjpeg: 6"))
+    with pytest.raises(torch.OutOfMemoryError):
+        decoded_on_a_gpu_in_trouble(monkeypatch, manifest, torch.OutOfMemoryError("full"))
+    file = tmp_path / "train" / "a" / "0.jpg"
+    file.write_bytes(file.read_bytes()[:-100])  # which no decoder reads
+    ((_, bad),) = decoded_on_a_gpu_in_trouble(monkeypatch, manifest, RuntimeError("nvjpeg: 6"))
+    assert bad == "train/a/0.jpg (cannot be decoded: nvjpeg: 6)"
 
 
 def near(ours: Any, full: Any) -> bool:
