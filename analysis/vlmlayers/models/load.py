@@ -379,9 +379,11 @@ def _assemble(
 
 def _refuse_impossible(model: VLM, image_size: ImageSize | None) -> None:
     """Refuse a precision or an image size that the model cannot compute with on its device."""
+    advice = "the model leaves too little; use another device or a smaller model"
     try:
-        for tower in model.towers.values():
-            probe(tower)
+        with memory_errors(model.device, advice):
+            for tower in model.towers.values():
+                probe(tower)
     except (RuntimeError, ValueError, AssertionError) as error:
         size = "" if image_size is None else f" with image_size={image_size}"
         raise UserError(

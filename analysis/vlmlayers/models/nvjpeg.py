@@ -20,6 +20,7 @@ from torchvision.transforms import Compose, ToTensor
 
 from vlmlayers.data.unreadable import reason
 from vlmlayers.errors import DataFault, NotJPEG, UserError, one_line
+from vlmlayers.models.devices import memory_errors
 from vlmlayers.models.vlm import VLM
 
 # What undoes an EXIF orientation: rows and columns change places from 5 on, then axes are reversed.
@@ -76,7 +77,7 @@ def decoded(
 
     Raises:
         NotJPEG: An image is no JPEG.
-        UserError: The device cannot decode one that is whole.
+        UserError: The device cannot decode one that is whole, or has no memory left.
     """
     for _, sample in samples:
         if isinstance(sample, NotJPEG):
@@ -86,7 +87,8 @@ def decoded(
     try:
         pixels: list[Any] = _pixels([content for _, content, _ in good], device)
     except RuntimeError:  # one is broken: the decoder gives all of a batch or none
-        pixels = [_pixels_or_fault(content, device, items[row].path) for row, content, _ in good]
+        with memory_errors(device, "lower batch_size, or take decoding full or reduced"):
+            pixels = [_pixels_or_fault(one, device, items[row].path) for row, one, _ in good]
     for (row, _, orientation), image in zip(good, pixels):
         if isinstance(image, Tensor):
             made[row] = shape(upright(image, orientation))
@@ -110,8 +112,8 @@ def _pixels(contents: Sequence[bytes], device: torch.device) -> list[Tensor]:
 def _pixels_or_fault(content: bytes, device: torch.device, path: str) -> Tensor | UserError:
     try:
         return _pixels([content], device)[0]
-    except torch.OutOfMemoryError:  # another process may fill the device
-        raise
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the image
     except RuntimeError as error:
         fault = one_line(error)
     try:

@@ -198,6 +198,15 @@ def test_out_of_memory_is_one_line_that_names_the_batch_size(error, run):
         run(model, DATA, "train", batch_size=5, progress=False)
 
 
+def test_a_model_that_leaves_no_memory_is_not_told_to_compute_in_fp32(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", full)
+    with pytest.raises(UserError, match="cpu ran out of memory .*; the model leaves too little"):
+        load_model("mini-clip", precision="bf16", device="cpu")
+
+
 def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="something else"), memory_errors(CPU, "…"):
         raise RuntimeError("something else")

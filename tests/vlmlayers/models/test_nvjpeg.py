@@ -131,7 +131,8 @@ def test_a_device_that_cannot_decode_is_no_fault_of_the_images(
     manifest = jpegs(tmp_path, [picture(0, (40, 40))])
     with pytest.raises(UserError, match="0.jpg, which is whole: nvjpeg: 6; take decoding full"):
         decoded_on_a_gpu_in_trouble(monkeypatch, manifest, RuntimeError("nvjpeg: 6"))
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
+    with pytest.raises(UserError, match="cuda ran out of memory .*; lower batch_size"):
         decoded_on_a_gpu_in_trouble(monkeypatch, manifest, torch.OutOfMemoryError("full"))
     file = tmp_path / "train" / "a" / "0.jpg"
     file.write_bytes(file.read_bytes()[:-100])  # which no decoder reads
