@@ -79,6 +79,7 @@ class RecordOptions(ImageOptions):
         if self.tower == "text":
             yield "decoding", "is of images; tower='text' records none"
             yield "skip_unreadable", "is of images; tower='text' records none"
+            yield "workers", "decode images; tower='text' records none"
         if self.tower is not None and self.tower not in self.pooling:
             yield "pooling", f"is of another tower; tower={self.tower!r} alone is recorded"
 

@@ -235,7 +235,8 @@ class StageContext:
                 return place.resolve()
         if required:
             tried = ", ".join(str(place) for place in places)
-            raise UserError(f"{what} {text} does not exist; tried {tried}")
+            more = f"; tried {tried}" if tried != text else ""
+            raise UserError(f"{what} {text} does not exist{more}")
         return Path(text).expanduser()
 
     def _places(self, text: str) -> list[Path]:

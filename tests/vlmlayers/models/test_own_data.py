@@ -380,6 +380,7 @@ def test_a_loader_of_each_row_once_is_its_dataset(options):
         ({"pooling": {"text": "mean"}, "tower": "vision"}, "pooling is of another tower"),
         ({"decoding": "reduced", "tower": "text"}, "decoding is of images"),
         ({"skip_unreadable": True, "tower": "text"}, "skip_unreadable is of images"),
+        ({"workers": 2, "tower": "text"}, "workers decode images"),
         ({"items": [Item("there.png", 0, "a")]}, "own data has no item 'there.png'"),
     ],
 )
