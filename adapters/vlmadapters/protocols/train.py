@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -196,5 +195,11 @@ def _recipes(
     return [load_recipe(name or default_recipe(model.name, one), one, depths) for one in methods]
 
 
-base_to_novel = partial(train, protocol="base-to-novel")
-base_to_novel.__doc__ = "Train on half of the classes, test on both: `train` by that protocol."
+def base_to_novel(*args: Any, **options: Any) -> pd.DataFrame:
+    """Train on half of the classes, test on both: `train` by that protocol.
+
+    Scripts written for 0.1.0 call it, and `limit` what is called `items` now.
+    """
+    if "limit" in options and "items" not in options:
+        options["items"] = options.pop("limit")
+    return train(*args, protocol="base-to-novel", **options)

@@ -70,6 +70,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     return run(tmp_path_factory.mktemp("out"))
 
 
+def test_a_script_written_for_the_first_version_runs() -> None:
+    given = shared_backbone(), ["shapes_filled"], RECIPE, None
+    found = base_to_novel(*given, seeds=(1,), limit=24, progress=False)
+    assert set(found["n"]) == {12} and set(found["protocol"]) == {"base-to-novel"}
+    with pytest.raises(UserError, match="unknown argument 'limit'"):
+        base_to_novel(*given, limit=24, items=24)
+
+
 def test_the_table_has_both_halves_every_seed_and_both_baselines(table: pd.DataFrame) -> None:
     assert tuple(table.columns) == COLUMNS
     trained = table[table.method == "MMA"]
