@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vlmlayers.arguments import Count, Seed, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
@@ -151,7 +152,7 @@ def prepare(
         for tower in _towers(model, manifest, options)
     }
     texts = _texts(manifest, items, names, options) if "text" in recorders else None
-    _refuse_other_shape(model, manifest, items)
+    _check_prepared(model, manifest, items)
     work = Work(model, manifest, split, items, texts, recorders, options)
     header = {
         "model": model.name,
@@ -197,15 +198,28 @@ def _manifest(
     return dataset_of(data)
 
 
-def _refuse_other_shape(model: VLM, manifest: Any, items: Sequence[Any]) -> None:
-    """Refuse tensors that were prepared for another model."""
+def _check_prepared(model: VLM, manifest: Any, items: Sequence[Any]) -> None:
+    """Refuse tensors of another model's shape; warn of those that are pixels still."""
     if not isinstance(manifest, OwnData):
         return
     first, wanted = manifest.open_image(items[0]), model.towers["vision"].example(1).shape[1:]
-    if isinstance(first, torch.Tensor) and first.shape != wanted:
+    if not isinstance(first, torch.Tensor):
+        return
+    if first.shape != wanted:
         raise UserError(
             f"floating tensors count as prepared for the model, which takes {tuple(wanted)}; these "
             f"have shape {tuple(first.shape)}: prepare them with model.preprocess, or give pixels"
+        )
+    height, width = wanted[-2:]
+    black = model.preprocess(Image.new("RGB", (width, height)))
+    takes_mean_off = isinstance(black, torch.Tensor) and bool(black.min() < 0)
+    # A few images: of those that are prepared, hardly one has no pixel below the mean.
+    if takes_mean_off and all(manifest.open_image(item).min() >= 0 for item in items[:8]):
+        LOG.warning(
+            "%s: no value of the tensors is below 0, as ToTensor leaves pixels, and floating "
+            "tensors count as prepared, with the model's mean taken off: prepare them with "
+            "model.preprocess, or give PIL images or arrays",
+            manifest.name,
         )
 
 

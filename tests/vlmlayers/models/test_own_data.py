@@ -310,6 +310,19 @@ def test_prepared_tensors_may_be_of_half_precision_and_have_gradients():
     np.testing.assert_array_equal(half.vision["proj"], widened.vision["proj"])
 
 
+def test_tensors_of_pixels_that_no_mean_was_taken_off_are_told(caplog):
+    """`ToTensor` alone, the commonest transform, makes floating tensors that look prepared."""
+    pixels = [torch.from_numpy(one).permute(2, 0, 1) / 255 for one in PIXELS]
+    vl.extract(MODEL, [tiny.preprocess(Image.fromarray(one)) for one in PIXELS], **QUIET)
+    assert "ToTensor" not in caplog.text
+    vl.extract(MODEL, pixels, name="unprepared", **QUIET)
+    assert "unprepared: no value of the tensors is below 0, as ToTensor leaves" in caplog.text
+    caplog.clear()
+    as_they_are = replace(MODEL, preprocess=lambda image: torch.zeros(3, 32, 32))
+    vl.extract(as_they_are, pixels, **QUIET)
+    assert "ToTensor" not in caplog.text, "this model takes no mean off"
+
+
 PART = torch.utils.data.SubsetRandomSampler([0, 2, 4])
 IN_ORDER = torch.utils.data.SequentialSampler(PIXELS)
 
