@@ -104,8 +104,8 @@ class Unknown:
             UserError: Says how to name one.
         """
         raise UserError(
-            f"no tokenizer is known for {self.name}; give wrap_model(…, tokenizer=…), or look at "
-            "its images alone: tower='vision'"
+            f"no tokenizer is known for {self.name}; put its files into the model's folder, give "
+            "wrap_model(…, tokenizer=…), or look at its images alone: tower='vision'"
         )
 
 
@@ -213,7 +213,10 @@ def _of_transformers(
     settings = preprocess.settings if isinstance(preprocess, Processed) else described(preprocess)
     if tokenizer is None and hasattr(model, "text_model"):
         found = _read(AutoTokenizer, source)
-        tokenizer = Unknown(name) if found is None else _tokens(found, model, name)
+        # transformers makes one of a few special tokens where the folder holds no vocabulary.
+        files = () if found is None else found.vocab_files_names.values()
+        bare = files and source and not any((source / file).is_file() for file in files)
+        tokenizer = Unknown(name) if found is None or bare else _tokens(found, model, name)
     elif hasattr(tokenizer, "model_max_length") and hasattr(model, "text_model"):
         tokenizer = _tokens(tokenizer, model, name)  # one of transformers, too
     return Companions(preprocess, None, tokenizer, settings, name)

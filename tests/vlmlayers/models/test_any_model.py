@@ -129,6 +129,16 @@ def test_a_model_in_memory_needs_no_more_than_itself_for_its_images(kind, caplog
         vl.extract(model, DRAWN, "train", progress=False)
 
 
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip2"])
+def test_a_folder_without_a_vocabulary_has_no_tokenizer(kind, tmp_path):
+    """transformers makes one of special tokens alone, to which all texts are the same."""
+    transformers_models.build(kind).save_pretrained(tmp_path / "bare")
+    model = load_model(tmp_path / "bare")
+    assert vl.extract(model, DRAWN, "train", tower="vision", progress=False).text is None
+    with pytest.raises(vl.UserError, match="no tokenizer is known for bare"):
+        vl.extract(model, DRAWN, "train", progress=False)
+
+
 def test_what_open_clips_factory_returns_is_a_model():
     made = open_clip.create_model_and_transforms("ViT-S-32-alt", pretrained=None)
     model = wrap_model(made, name="ViT-S-32-alt")
