@@ -188,6 +188,7 @@ LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` giv
 # Settings of modules that change what equal weights compute.
 _SETTINGS = (
     "num_heads", "heads", "eps", "approximate", "pool_type", "global_pool", "final_ln_after_pool",
+    "text_pool_type", "text_eos_id", "eos_id", "eos_token_id",
 )  # fmt: skip
 _IDLE = ("Identity", "Dropout", "PatchDropout", "DropPath")  # of no effect in eval mode
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
@@ -196,14 +197,16 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn
 def structure_of(module: nn.Module) -> dict[str, list[str]]:
     """Return what a model computes with its weights, as far as modules tell, as JSON values.
 
-    Activations, numbers of heads, the epsilon of norms, kinds of pooling and the adapters of peft
-    that act, by the first part of their modules' names. Models that differ in these alone have
-    equal weights and other features.
+    Activations, numbers of heads, the epsilon of norms, kinds of pooling, where a text ends,
+    whether it sees what follows and the adapters of peft that act, by the first part of their
+    modules' names. Models that differ in these alone have equal weights and other features.
     """
     found: dict[str, set[str]] = {}
     for path, part in module.named_modules():
         first, name = path.split(".")[0], type(part).__name__
         told = {key: vars(part)[key] for key in _SETTINGS if key in vars(part)}
+        if "attn_mask" in part._buffers:  # open_clip's, which no file of weights holds
+            told["causal"] = part._buffers["attn_mask"] is not None
         bare = not (any(True for _ in part.children()) or any(True for _ in part.parameters()))
         if bare and name not in _IDLE and not isinstance(part, _CONTAINERS):
             told["without weights"] = name

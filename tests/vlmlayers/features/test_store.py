@@ -241,18 +241,39 @@ def test_other_weights_of_the_same_name_are_told_apart(store):
         run(store, model=other)
 
 
-@pytest.mark.parametrize("change", ["activation", "heads"])
-def test_equal_weights_that_compute_otherwise_are_told_apart(change, store):
+def _other_end(clip):
+    clip.text_eos_id = 7
+
+
+def _seen_both_ways(clip):
+    clip.attn_mask = None
+
+
+def _other_activation(clip):
+    for block in clip.visual.transformer.resblocks:
+        block.mlp.gelu = nn.Tanh()
+
+
+def _fewer_heads(clip):
+    for block in clip.visual.transformer.resblocks:
+        block.attn.num_heads, block.attn.head_dim = 1, block.attn.embed_dim
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (_other_activation, "visual without weights.*Tanh"),
+        (_fewer_heads, "visual num_heads"),
+        (_other_end, "text_eos_id"),
+        (_seen_both_ways, "causal is .*True.* there, .*False.* here"),
+    ],
+)
+def test_equal_weights_that_compute_otherwise_are_told_apart(change, what, store):
     """As of two configurations of one file of weights."""
     other = tiny.model()
-    for block in other.clip.visual.transformer.resblocks:
-        if change == "activation":
-            block.mlp.gelu = nn.Tanh()
-        else:
-            block.attn.num_heads, block.attn.head_dim = 1, block.attn.embed_dim
+    change(other.clip)
     assert other.weights_hash == MODEL.weights_hash
-    what = "without weights.*Tanh" if change == "activation" else "num_heads"
-    with pytest.raises(UserError, match=f"structure.visual {what}"):
+    with pytest.raises(UserError, match=rf"structure.{what}"):
         run(store, model=other)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers_models as tiny
 
-from vlmlayers.models import Recorder, find_towers
+from vlmlayers.models import Recorder, find_towers, wrap_model
 from vlmlayers.models.transformers_towers import pack
 from vlmlayers.positions import tower_positions
 
@@ -41,6 +41,15 @@ def test_a_text_ends_at_the_token_that_the_model_names_and_not_at_the_largest():
         text[row + 3] = 1  # behind words of 3 to 57, before padding of 59
     found = record(find_towers(model)["text"], ids)["joint"]
     np.testing.assert_allclose(found["3"], found["proj"], rtol=1e-4, atol=1e-5)
+
+
+def test_models_whose_texts_end_at_other_tokens_are_told_apart():
+    """A corrected config.json leaves the weights as they were, and not their features."""
+    model = tiny.build("CLIP")
+    known = wrap_model(model).identity()
+    model.text_model.eos_token_id = 3
+    now = wrap_model(model).identity()
+    assert now["weights_hash"] == known["weights_hash"] and now != known
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
