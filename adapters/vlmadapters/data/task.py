@@ -202,10 +202,14 @@ class TaskData:
         if len(names) == 1:
             raise UserError(f"{name} has one class, {names[0]!r}; name data of two or more")
         labels, items = set(self._labels(kind)), self._items(split)
-        absent = labels - {item.label for item in items}
+        of, used = f"split {split!r}", items
+        if self.limit and split != "train":
+            of, used = f"{counted(self.limit, 'item')} of {of}", self._sampled(split)
+        absent = labels - {item.label for item in used}
         if absent == labels:
             half = "" if kind == "all" else f" of its {kind} classes"
-            raise UserError(f"{name} has no image{half} in split {split!r}")
+            more = "" if used is items else "; take more (--items), or all"
+            raise UserError(f"{name} has no image{half} in {of}{more}")
         without = [item.path for item in items if item.label < 0]
         if without and split not in self._told:
             self._told.add(split)
@@ -217,9 +221,9 @@ class TaskData:
         if absent and self.share == 1.0 and (kind, split) not in self._told:
             self._told.add((kind, split))
             LOG.warning(
-                "%s: split %r has no image of %d of %d classes, such as %r, which the others are "
-                "told from all the same",
-                name, split, len(absent), len(labels), names[min(absent)],
+                "%s: no image of %d of %d classes in %s, such as %r, which the others are told "
+                "from all the same",
+                name, len(absent), len(labels), of, names[min(absent)],
             )  # fmt: skip
         if len(labels) == 1:
             LOG.warning("%s has one %s class: every answer is right there", name, kind)
@@ -330,11 +334,14 @@ class TaskData:
         # them is tested.
         found = self._tested.get(split)
         if found is None:
-            items = self._items(split)
-            found = balanced_sample(items, self.limit, 0) if self.limit else items
+            found = self._sampled(split)
             if readable:
                 found = self._tested[split] = self._readable(found)
         return base_or_novel(found, kind, range(len(self.class_names)))
+
+    def _sampled(self, split: str) -> list[Item]:
+        items = self._items(split)
+        return balanced_sample(items, self.limit, 0) if self.limit else items
 
     def _readable(self, items: list[Item]) -> list[Item]:
         if not self.options.skip_unreadable:

@@ -98,7 +98,7 @@ def test_classes_without_an_image_are_said_once(
         data.check("base", "test")
         data.check("novel", "test")
     (said,) = caplog.messages
-    assert "split 'test' has no image of 1 of 2 classes, such as 'green'" in said
+    assert "no image of 1 of 2 classes in split 'test', such as 'green'" in said
     Image.new("RGB", (4, 4), "blue").save(tmp_path / "train" / "blue" / "1.png")
     parts = folds(TaskData(str(tmp_path), shared_backbone()), 2, 1, 2)
     caplog.clear()

@@ -158,6 +158,13 @@ def test_what_cannot_be_told_apart_is_refused_in_one_line(
         WORK[work](str(base))
 
 
+def test_items_that_leave_a_half_without_test_images_are_refused(tmp_path: Path) -> None:
+    """Before any training: its accuracy would be of no image."""
+    base = str(write(tmp_path / "pets", NAMES, each=2))
+    with pytest.raises(UserError, match=r"pets has no image of its \w+ classes in 1 item of split"):
+        base_to_novel(shared_backbone(), base, recipe=RECIPE, items=1, progress=False)
+
+
 @pytest.mark.parametrize("work", WORK)
 def test_data_without_classes_name_the_columns_that_are_there(tmp_path: Path, work: str) -> None:
     base = write(tmp_path / "pets")
