@@ -248,6 +248,33 @@ def tell_unlike_texts(group: Group, metrics: Iterable[str]) -> None:
         )
 
 
+def tell_unlike_passes(group: Group, metrics: Iterable[str]) -> None:
+    """Warn of datasets whose features were computed unlike, which what pools them sees as well.
+
+    At `embed` a class token is the same for every image but for its rounding: one of two precisions
+    tells its dataset without fail.
+
+    Args:
+        group: The datasets that are pooled.
+        metrics: Names of the metrics that pool their features.
+    """
+    names = ", ".join(metrics)
+    for key, unsaid in (("precision", ""), ("device", ""), ("decoding", "full")):
+        made: dict[str, list[str]] = {}
+        for member in group.members:
+            # Features that were recorded elsewhere say nothing of it.
+            if how := member.identity.get(key, unsaid if member.identity else ""):
+                made.setdefault(how, []).append(member.dataset)
+        if len(made) > 1 and names:
+            LOG.warning(
+                "datasets differ in %s: %s. %s of all datasets together may tell that, not the "
+                "datasets; extract them alike",
+                key,
+                "; ".join(f"{how} in {', '.join(those)}" for how, those in made.items()),
+                names,
+            )
+
+
 def _made(member: LayerFeatures, features: TowerFeatures) -> str:
     """Return how the texts of a dataset are made, in words; empty where it is not known."""
     if features.kind == "captions":

@@ -31,6 +31,7 @@ from vlmlayers.scores.readouts import (
     run_classes,
     run_datasets,
     tell_classes_left_out,
+    tell_unlike_passes,
     tell_unlike_texts,
 )
 from vlmlayers.scores.scoring import Collector, Group, Runner, Scoring, make_groups
@@ -147,7 +148,9 @@ def score(
     _tell_unshared(tasks, settled)
     for group in groups:
         pooling = (task for task in tasks if task.group is group and task.runner in POOL_TEXTS)
-        tell_unlike_texts(group, [name for task in pooling for name in task.metrics])
+        pooled = [name for task in pooling for name in task.metrics]
+        tell_unlike_texts(group, pooled)
+        tell_unlike_passes(group, pooled)
     for task in tasks:
         if task.runner is run_classes:  # here, as what a process logs is lost
             tell_classes_left_out(Scoring(task.group, task.metrics, settled, Collector()))

@@ -36,7 +36,12 @@ from vlmlayers.scores.missing import say_missing
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.pairs import run_pairs
 from vlmlayers.scores.reading import POOLED
-from vlmlayers.scores.readouts import add_accuracy, run_datasets, tell_unlike_texts
+from vlmlayers.scores.readouts import (
+    add_accuracy,
+    run_datasets,
+    tell_unlike_passes,
+    tell_unlike_texts,
+)
 from vlmlayers.scores.scoring import Collector, Group, Point, Scoring, rows_of
 from vlmlayers.scores.sources import source_marks
 from vlmlayers.scores.sums import DatasetSums, Key, StreamingScores, ordered
@@ -121,6 +126,7 @@ def streamed_scores(sums: StreamingScores, metrics: Sequence[str] | None = None)
     prompts = tuple(one.head for one in datasets.values() if one.prompts is not None)
     pooling = [name for name in names if name == LDA or name in AGREEMENTS]
     tell_unlike_texts(replace(group, members=prompts), pooling)
+    tell_unlike_passes(group, pooling)
     if LDA in names:
         _add_dataset_accuracy(scoring, list(datasets.values()))
     _add_agreement_with_prompts(scoring, list(datasets.values()))

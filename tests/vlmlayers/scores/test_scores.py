@@ -651,6 +651,27 @@ def test_captions_without_classes_stand_beside_prompts_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("make", [score, score_streaming])
+def test_features_that_are_computed_unlike_are_told_by_name(
+    make, caplog: pytest.LogCaptureFixture
+) -> None:  # type: ignore[no-untyped-def]
+    """Their rounding differs, which alone tells datasets where a class token is still the same."""
+
+    def made(*identities: dict[str, str]) -> list[LayerFeatures]:
+        return [replace(m, identity=i) for m, i in zip(many(3), identities)]
+
+    options = QUICK if make is score else {"sample": 30}
+    plain, half, reduced = {"precision": "fp32"}, {"precision": "bf16"}, {"decoding": "reduced"}
+    make(made({}, plain, plain), ["dataset_accuracy_lda"], **options)
+    make(made(plain, half, plain), ["effective_rank"], **options)  # which pools no datasets
+    assert "datasets differ" not in caplog.text
+    make(made(plain, half, plain | reduced), ["dataset_accuracy_lda"], **options)
+    assert "datasets differ in precision: fp32 in set0, set2; bf16 in set1. dataset_acc" in (
+        caplog.text
+    )
+    assert "datasets differ in decoding: full in set0, set1; reduced in set2" in caplog.text
+
+
+@pytest.mark.parametrize("make", [score, score_streaming])
 def test_texts_that_are_made_unlike_are_told_by_name(
     make, caplog: pytest.LogCaptureFixture
 ) -> None:  # type: ignore[no-untyped-def]
