@@ -1,5 +1,6 @@
 from .choice import LayerChoice as LayerChoice
 from .chooser import select as select
+from .knee import fit_knee as fit_knee
 from .making import make_rule as make_rule
 from .per_block import BLOCK_SCORES as BLOCK_SCORES
 from .prediction import PLACEMENT_SCORES as PLACEMENT_SCORES
@@ -9,5 +10,4 @@ from .prediction import placement_score as placement_score
 from .prediction import predict as predict
 from .rules import RULES as RULES
 from .rules import Pick as Pick
-from .rules import fit_knee as fit_knee
 from .rules import paper_blocks as paper_blocks

@@ -21,7 +21,6 @@ import numpy as np
 from vlmlayers.arguments import Count, Natural, Share, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import read_json
-from vlmlayers.metrics.checks import Given
 from vlmlayers.placement import Placement, parse_blocks
 from vlmlayers.positions import TOWERS
 from vlmlayers.runs import Run
@@ -34,6 +33,7 @@ from vlmlayers.selection.curves import (
     is_flat,
     normalise,
 )
+from vlmlayers.selection.knee import fit_knee
 from vlmlayers.selection.per_block import metrics_of, score_blocks
 
 # What larger values of some metrics mean.
@@ -230,6 +230,9 @@ class Threshold(Rule):
 class Knee(Rule):
     """Blocks from the change point of a curve on, by two joined straight lines.
 
+    A tower is in doubt where one straight line fits as well, see `fit_knee`; so it is with a jump
+    between two levels, which two joined lines do not fit either.
+
     Attributes:
         metric: Curve to fit.
     """
@@ -249,7 +252,8 @@ class Knee(Rule):
             notes = _doubts_of(table, self.metric, tower)
             if not fit["better_than_line"]:
                 notes.append(
-                    f"one straight line fits {self.metric} of the {tower} tower as well as two"
+                    f"one straight line fits {self.metric} of the {tower} tower as well as two "
+                    f"(p = {fit['p']:.2g})"
                 )
             picks[tower] = Pick(
                 tuple(range(fit["knee"], depth + 1)),
@@ -258,56 +262,6 @@ class Knee(Rule):
                 {"knee": fit},
             )
         return picks
-
-
-@checked
-def fit_knee(curve: Given) -> dict[str, Any]:
-    """Fit y = a + b·x + c·max(0, x − k) over blocks and return the best knee k.
-
-    `better_than_line` compares the Bayesian information criterion of this fit (four parameters)
-    with that of one line (two).
-
-    Raises:
-        UserError: The tower has fewer than four blocks, or the curve a value that is not finite.
-    """
-    if curve.ndim != 1 or not np.isfinite(curve).all():
-        raise UserError("fit_knee takes a finite number for each block")
-    depth = len(curve)
-    if depth < 4:
-        raise UserError(f"the rule 'knee' needs at least 4 blocks, not {depth}; use 'threshold'")
-    x = np.arange(1, depth + 1, dtype=float)
-    fits = []
-    # At block 1 or the last one the second line would have no block of its own.
-    for knee in range(2, depth):
-        design = np.stack([np.ones(depth), x, np.maximum(0, x - knee)], axis=1)  # (block, 3)
-        fits.append((*_least_squares(design, curve), knee))
-    # Of equal fits that of the lowest knee, on every machine and in any order of rows: they differ
-    # by rounding, that of a flat curve too.
-    spread = np.square(curve - curve.mean()).sum()
-    slack = EXACT * max(float(spread), EXACT * float(np.square(curve).sum()))
-    least = min(error for error, *_ in fits) + slack
-    error, weights, fitted, knee = next(fit for fit in fits if fit[0] <= least)
-    line, _, _ = _least_squares(np.stack([np.ones(depth), x], axis=1), curve)
-    # A perfect fit has no logarithm of its error.
-    floor = 1e-12 * max(float(np.var(curve)) * depth, 1e-12)
-    # The criterion charges two parameters more than a line: the second slope and the knee.
-    gain = depth * np.log((line + floor) / (error + floor)) - 2 * np.log(depth)
-    return {
-        "knee": int(knee),
-        "slope_before": float(weights[1]),
-        "slope_after": float(weights[1] + weights[2]),
-        "squared_error": float(error),
-        "line_squared_error": float(line),
-        "bic_gain": float(gain),
-        "better_than_line": bool(gain > 0),
-        "fitted": fitted.tolist(),
-    }
-
-
-def _least_squares(design: Array, curve: Array) -> tuple[float, Array, Array]:
-    weights = np.linalg.lstsq(design, curve, rcond=None)[0]
-    fitted = design @ weights
-    return float(np.square(curve - fitted).sum()), np.asarray(weights), fitted
 
 
 @checked

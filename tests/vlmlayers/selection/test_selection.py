@@ -645,6 +645,32 @@ def test_knee_on_a_straight_line_is_undecided() -> None:
     assert "one straight line fits" in select(scores, "knee", resamples=0).statement
 
 
+@pytest.mark.parametrize("depth", [4, 6, 12, 24])
+@pytest.mark.parametrize(("rise", "alike"), [(0.0, 0.0), (1.0, 0.0), (1.0, 0.5)])
+def test_a_straight_line_with_noise_seldom_passes_for_two(
+    depth: int, rise: float, alike: float
+) -> None:
+    """Level or rising, and also where the noise of neighbouring blocks correlates."""
+    noise = np.random.default_rng(depth).standard_normal((400, depth))
+    for block in range(1, depth):
+        noise[:, block] = alike * noise[:, block - 1] + np.sqrt(1 - alike**2) * noise[:, block]
+    curves = np.linspace(0, rise, depth) + 0.1 * noise
+    # At most 5 of 100, give or take three standard errors of 400 curves.
+    assert np.mean([fit_knee(curve)["better_than_line"] for curve in curves]) <= 0.083
+
+
+@pytest.mark.parametrize(
+    ("depth", "noise", "least"), [(6, 0.05, 0.4), (12, 0.08, 0.8), (24, 0.1, 0.95)]
+)
+def test_a_plateau_before_a_rise_is_told_from_a_straight_line(
+    depth: int, noise: float, least: float
+) -> None:
+    rise = np.maximum(0, np.arange(depth) - depth / 2 + 0.5)
+    drawn = noise * np.random.default_rng(depth).standard_normal((200, depth))
+    found = [fit_knee(curve)["better_than_line"] for curve in rise / rise.max() + drawn]
+    assert np.mean(found) >= least
+
+
 @pytest.mark.parametrize(
     ("curve", "knee"),
     [([0, 0, 0, 1, 1, 1], 2), ([0, 0, 0, 0, 1, 1, 1, 1], 3), ([1, 3, 3, 1], 2), ([2] * 6, 2)],
@@ -694,7 +720,7 @@ def test_fixed_rules() -> None:
 
 
 def test_a_measured_choice_without_resamples_is_not_called_fixed() -> None:
-    assert select(planted(), "knee", resamples=0).statement.startswith("Nothing was resampled")
+    assert select(planted(), "budget", resamples=0).statement.startswith("Nothing was resampled")
 
 
 def test_own_rule_from_a_file(tmp_path: Path) -> None:
@@ -1151,7 +1177,12 @@ def test_placement_scores_on_unequal_towers_and_any_metric() -> None:
 def test_values_that_no_resample_moves_leave_the_tower_open(rule: str) -> None:
     """A table without intervals gives the same choice in every resample, which shows nothing."""
     scores = planted()
-    one = (scores["metric"] == "dataset_accuracy") & (scores["tower"] == "vision")
+    own = scores["metric"] == "dataset_accuracy"
+    blocks = scores.loc[own, "position"].replace({"embed": "1", "proj": "12"}).astype(int)
+    # A rise up to block 5, which one straight line does not fit.
+    for name, moved in (("value", 0.0), ("low", -0.01), ("high", 0.01)):
+        scores.loc[own, name] = 0.4 + 0.1 * blocks.clip(upper=5) + moved
+    one = own & (scores["tower"] == "vision")
     scores.loc[one & (scores["position"] == "6"), ["low", "high"]] = np.nan
     choice = select(scores.astype({"metric": "category"}), rule, resamples=20)
     assert "of its 0 values" not in choice.statement
