@@ -172,11 +172,17 @@ def jackknife_groups(strata: Labels, groups: int, rng: np.random.Generator) -> l
 def jackknife_interval(value: float | Array, left_out: Array) -> tuple[Array, Array]:
     """Return value ± t × standard error of the delete-a-group jackknife, t at groups − 1.
 
+    Where pairs of items carry the statistic, as they do agreement and neighbours, it is too wide:
+    what is of two items together counts twice in the variance. Subtracting an estimate of that
+    (from leaving out two groups) made intervals of agreement of 12 to 100 rows hold the truth 88 to
+    98 times in 100, where as they are they hold it 94 to 100 times.
+
     Args:
         value: The statistic on all items, any shape.
         left_out: The statistic without each group, (group, …).
 
-    Reference: Kott 2001, The delete-a-group jackknife.
+    Reference: Kott 2001, The delete-a-group jackknife; Efron and Stein 1981, The jackknife estimate
+    of variance (its bias, and that correction).
     """
     groups = len(left_out)
     # Left-out statistics share most of their items and vary little: the factor is (g − 1)/g.

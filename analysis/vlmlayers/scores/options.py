@@ -99,10 +99,10 @@ class ScoreOptions(Options):
         default=20,
         ge=1,
         description="Shuffles of labels, and of pairs where each is expensive, behind each "
-        "shuffled null.",
+        "shuffled null; where p is noted it is at least 1 / (1 + shuffles), 0.048 of 20.",
     )
     permutations: int = Field(
-        default=100, ge=1, description="Permutations of pairs behind each agreement's null."
+        default=100, ge=1, description="Permutations of pairs behind each agreement's null and p."
     )
     k: int = Field(default=10, ge=1, description="Neighbours.")
     shots: int = Field(default=4, ge=1, description="Shots per class of the transfer metrics.")
