@@ -163,18 +163,25 @@ class BlockTable:
     def interval_widths(self, metric: str, tower: str) -> Array:
         """Return how wide the interval of a curve is, (block,); NaN where there is none.
 
-        Datasets have items of their own, so that their mean is surer than each of them; seeds share
-        theirs, and their mean is not.
+        Of agreement it is of every pair of blocks, (vision block · text block). Datasets have items
+        of their own, so that their mean is surer than each of them; seeds share theirs, and their
+        mean is not.
         """
-        ends, depth = self.scores, self.blocks[tower]
+        ends = self.scores
         width = self._once(("widths",), lambda: (ends["high"] - ends["low"]).to_numpy(float))
         dataset, count = self._once(("datasets",), self._datasets)
-        place = self._once(("curve", metric, tower), partial(self._block_of, metric, tower))
-        cell = np.where(np.isnan(width) | (place < 0), -1, dataset * depth + place)
-        means, found = self._means(cell, width[self.rows], count * depth)
-        squares = np.where(found, np.square(means), 0.0).reshape(count, depth)  # (dataset, block)
+        if self.has_curve(metric, tower):
+            cells = self.blocks[tower]
+            place = self._once(("curve", metric, tower), partial(self._block_of, metric, tower))
+        else:
+            shape = self.blocks.get("vision", 0), self.blocks.get("text", 0)
+            cells = shape[0] * shape[1]
+            place = self._once(("agreement", metric), partial(self._pair_of, metric, shape))
+        cell = np.where(np.isnan(width) | (place < 0), -1, dataset * cells + place)
+        means, found = self._means(cell, width[self.rows], count * cells)
+        squares = np.where(found, np.square(means), 0.0).reshape(count, cells)  # (dataset, cell)
         with np.errstate(invalid="ignore"):
-            widths: Array = np.sqrt(squares.sum(0)) / (found.reshape(count, depth) > 0).sum(0)
+            widths: Array = np.sqrt(squares.sum(0)) / (found.reshape(count, cells) > 0).sum(0)
         return widths
 
     def _datasets(self) -> tuple[Places, int]:

@@ -89,7 +89,7 @@ def _range_quantile(n: int, share: float = 0.95) -> float:
     return low
 
 
-def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
+def _within_noise(table: BlockTable, metric: str, tower: str, curve: Array) -> list[str]:
     """Return a note where a curve varies less over the blocks than noise alone may make it.
 
     That is the 95 % quantile of the range of so many values of one mean, whose errors are as wide
@@ -100,7 +100,6 @@ def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
     """
     widths = table.interval_widths(metric, tower)
     widths = widths[~np.isnan(widths)]
-    curve = table.curve(metric, tower)
     span = 0.0 if is_flat(curve) else float(np.ptp(curve))
     # The median: a single wide interval says little of the curve.
     width = float(np.median(widths)) if len(widths) else 0.0
@@ -117,9 +116,12 @@ def _within_noise(table: BlockTable, metric: str, tower: str) -> list[str]:
 
 def _doubts_of(table: BlockTable, metric: str, tower: str) -> list[str]:
     """Return why the curve of a metric ranks no blocks: it is flat, or noise would look alike."""
-    if is_flat(table.curve(metric, tower)):
-        return [_flat(metric, tower)]
-    return _within_noise(table, metric, tower)
+    curve = (
+        table.curve(metric, tower)
+        if table.has_curve(metric, tower)
+        else agreement_curve(table.agreement(metric), tower)
+    )
+    return [_flat(metric, tower)] if is_flat(curve) else _within_noise(table, metric, tower, curve)
 
 
 def _flat(metric: str, tower: str) -> str:
@@ -215,7 +217,7 @@ class Threshold(Rule):
             }
             if is_flat(curve):
                 notes.append(_flat(name, tower))
-        notes += _within_noise(table, self.metric, tower)
+            notes += _within_noise(table, name, tower, curve)
         chosen = _passing(passes)
         if self.fill and chosen:
             chosen = tuple(range(chosen[0], chosen[-1] + 1))
@@ -302,11 +304,9 @@ class Budget(Rule):
                 chosen = tuple(range(first, first + n))
             else:
                 chosen = tuple(sorted(int(b) + 1 for b in np.argsort(-even, kind="stable")[:n]))
-            # Agreement has no interval of one block: its pairs are those of two towers.
             notes = [
                 note
                 for metric in self.reads(table.blocks)
-                if table.has_curve(metric, tower)
                 for note in _doubts_of(table, metric, tower)
             ]
             picks[tower] = Pick(

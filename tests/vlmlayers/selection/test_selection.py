@@ -564,6 +564,25 @@ def test_blocks_that_are_all_alike_seldom_pass_for_a_curve(
     assert (0.0 if rule == "knee" else 0.01) <= np.mean(decided) <= 0.09
 
 
+@pytest.mark.parametrize(
+    ("rule", "options"), [("threshold", {}), ("budget", {"score": "agreement"})]
+)
+def test_agreement_that_is_noise_makes_no_block_firm(rule: str, options: dict[str, Any]) -> None:
+    """The range of noise is scaled to 0–1 as well, and its highest blocks stay the highest."""
+    generator = np.random.default_rng(0)
+    firm = []
+    for number in range(40):
+        noise = 0.3 + 0.02 * generator.standard_normal((12, 12))
+        rows = pair_rows(
+            "cka_debiased", 12, 12, lambda i, j, cells=noise: cells[i - 1, j - 1], half=0.04
+        )
+        for tower in ("vision", "text"):
+            rows += curve_rows("dataset_accuracy", tower, list(np.linspace(0.4, 0.9, 12)))
+        choice = select(table(rows), rule, resamples=20, seed=number, **options)
+        firm.append(bool(choice.firm("vision") or choice.firm("text")))
+    assert np.mean(firm) <= 0.2  # 5 in 100 of each tower, and three standard errors
+
+
 def test_the_mean_of_many_datasets_is_surer_than_each_of_them() -> None:
     """A rise of 0.06 is within the interval of one of 16 datasets, 0.08, not of their mean, 0.02.
 
