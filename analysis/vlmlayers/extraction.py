@@ -8,19 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from vlmlayers.arguments import Precision
-from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.options import ImageOptions, Options, Several, at_key
+from vlmlayers.errors import UserError
+from vlmlayers.options import ImageOptions, Options, Several, at_key, one_of
 from vlmlayers.positions import POOLINGS, SPACES, TOKENS, TOWERS, check_space
 
+Tower = Annotated[str, one_of("tower", TOWERS)]
 BOTH_TOWERS = "streaming sums both towers; extract the features of one, and score them"
-
-
-def _tower(name: str) -> str:
-    return check_one_of("tower", name, TOWERS)
-
-
-def _pooling(name: str) -> str:
-    return check_one_of("pooling", name, (*POOLINGS, TOKENS))
 
 
 def _of_each_tower(given: Any) -> Any:
@@ -42,9 +35,7 @@ class RecordOptions(ImageOptions):
     text: Literal["prompts", "captions"] = Field(
         default="prompts", description="prompts or captions."
     )
-    tower: Annotated[str, AfterValidator(at_key(_tower))] | None = Field(
-        default=None, description="vision or text; both where absent."
-    )
+    tower: Tower | None = Field(default=None, description="vision or text; both where absent.")
     spaces: Several[Annotated[str, AfterValidator(at_key(check_space))]] = Field(
         default=("native", "joint"),
         min_length=1,
@@ -52,10 +43,7 @@ class RecordOptions(ImageOptions):
         "joint where absent.",
     )
     pooling: Annotated[
-        dict[
-            Annotated[str, AfterValidator(at_key(_tower))],
-            Annotated[str, AfterValidator(at_key(_pooling))],
-        ],
+        dict[Tower, Annotated[str, one_of("pooling", (*POOLINGS, TOKENS))]],
         BeforeValidator(_of_each_tower),
     ] = Field(
         default={},

@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce, wraps
@@ -142,6 +142,11 @@ def at_key(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
             raise ValueError(str(error)) from None
 
     return run
+
+
+def one_of(kind: str, valid: Iterable[str]) -> AfterValidator:
+    """Return the validator of a name that has to be among some, as `check_one_of` says."""
+    return AfterValidator(at_key(lambda name: check_one_of(kind, name, valid)))
 
 
 @dataclass(frozen=True)

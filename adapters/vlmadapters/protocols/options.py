@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from vlmadapters.data.options import DataOptions, ReadOptions
 from vlmadapters.protocols.table import PROTOCOLS
-from vlmlayers.errors import check_one_of
-from vlmlayers.options import Seeds, at_key
+from vlmlayers.options import Seeds, one_of
 
 
 class RunOptions(ReadOptions):
@@ -19,14 +18,10 @@ class RunOptions(ReadOptions):
     together: int = Field(default=12, ge=1, description="Settings trained side by side.")
 
 
-def _protocol(name: str) -> Any:
-    return check_one_of("protocol", name, PROTOCOLS)
-
-
 class TrainOptions(RunOptions, DataOptions):
     """The options of `train`."""
 
-    protocol: Annotated[str, AfterValidator(at_key(_protocol))] = Field(
+    protocol: Annotated[str, one_of("protocol", PROTOCOLS)] = Field(
         default="base-to-novel",
         description="base-to-novel, few-shot, cross-dataset or domain-generalization.",
     )

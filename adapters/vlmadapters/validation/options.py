@@ -9,8 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from vlmadapters.data.options import DataOptions
 from vlmadapters.protocols.options import RunOptions
-from vlmlayers.errors import check_one_of
-from vlmlayers.options import Cli, Seeds, Several, at_key
+from vlmlayers.options import Cli, Seeds, Several, at_key, one_of
 from vlmlayers.placement import Amount, Placement
 
 KINDS: dict[str, str] = {
@@ -35,14 +34,6 @@ def _amount(text: str) -> str:
     return text
 
 
-def _kind(name: str) -> str:
-    return check_one_of("kind of placement", name, KINDS)
-
-
-def _reference(name: str) -> str:
-    return check_one_of("reference", name, KINDS)
-
-
 def _placements(given: Any) -> Any:
     """Return placements, of text, values or choices; one of them may stand alone."""
     several = given if isinstance(given, list | tuple) else [given]
@@ -61,7 +52,7 @@ def _placement(place: Any) -> Placement:
 
 
 Amounts = Several[Annotated[str, AfterValidator(at_key(_amount))]] | None
-Kind = Annotated[str, AfterValidator(at_key(_kind))]
+Kind = Annotated[str, one_of("kind of placement", KINDS)]
 
 
 class FoldOptions(RunOptions):
@@ -124,7 +115,7 @@ class ValidateOptions(FoldOptions, DataOptions):
         "recipe's beside it; given: at the recipe's alone, several times as fast.",
     )
     folds: int = Field(default=4, ge=2, description="Folds that amounts are tuned on.")
-    reference: Annotated[str, AfterValidator(at_key(_reference))] = Field(
+    reference: Annotated[str, one_of("reference", KINDS)] = Field(
         default="paper", description="Kind that the verdict compares with."
     )
     random_count: int = Field(default=3, ge=0, description="Random placements of equal size.")
