@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from math import sqrt
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.head_configs import CLIPAdapterConfig
+from vlmadapters.methods.linear import drawn_linear
 from vlmadapters.methods.official import check_keys
 from vlmlayers.errors import UserError
 
@@ -112,17 +112,10 @@ class CLIPAdapter(Method):
 
 def _perceptron(width: int, inner: int, generator: torch.Generator) -> nn.Sequential:
     """Return two linear maps with a ReLU behind each, without biases."""
-
-    def linear(width_in: int, width_out: int) -> nn.Linear:
-        # Leaves the global random state alone: the weights are drawn from the private generator.
-        made = torch.nn.utils.skip_init(nn.Linear, width_in, width_out, bias=False)
-        bound = 1 / sqrt(width_in)
-        fresh = torch.empty(made.weight.shape).uniform_(-bound, bound, generator=generator)
-        made.weight = nn.Parameter(fresh)
-        return made
-
+    down = drawn_linear(width, inner, generator, bias=False)
+    up = drawn_linear(inner, width, generator, bias=False)
     # The public code has the last ReLU as well: what is mixed in is never negative.
-    return nn.Sequential(linear(width, inner), nn.ReLU(), linear(inner, width), nn.ReLU())
+    return nn.Sequential(down, nn.ReLU(), up, nn.ReLU())
 
 
 def _mixed(perceptron: nn.Module, v: Tensor, ratio: float) -> Tensor:

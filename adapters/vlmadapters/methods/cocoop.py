@@ -22,6 +22,7 @@ from vlmadapters.data.task import Task
 from vlmadapters.methods.configs import CoCoOpConfig
 from vlmadapters.methods.context import some_prompts
 from vlmadapters.methods.coop import CONTEXT, CoOp
+from vlmadapters.methods.linear import drawn_linear
 
 TEXTS = 4096  # texts that go through the text tower at once
 
@@ -49,10 +50,7 @@ class CoCoOp(CoOp):
 
     def __init__(self, config: CoCoOpConfig, backbone: Backbone, task: Task, seed: int = 0) -> None:
         super().__init__(config, backbone, task, seed)
-        # The joint width is asked of the text tower itself: not every model states it.
-        end = backbone.text.tower.depth + 1
-        joint = backbone.features("text", backbone.prompts(backbone.tokens(["X"]), [end])[end])
-        self.meta_net = _meta_net(joint.shape[-1], backbone.text.tower.width, seed)
+        self.meta_net = _meta_net(backbone.joint, backbone.text.tower.width, seed)
 
     def class_features(self, backbone: Backbone, classes: State) -> State:
         """Return the frozen state of the class prompts: their features wait for an image."""
@@ -77,16 +75,9 @@ class CoCoOp(CoOp):
 
 
 def _meta_net(joint: int, width: int, seed: int) -> nn.Sequential:
-    """Return the network from image feature to shift, drawn as torch draws linear layers."""
+    """Return the network from image feature to shift."""
     generator = torch.Generator().manual_seed(seed)
     # A sixteenth, as published; at least 1 on miniature backbones.
     hidden = max(1, joint // 16)
-    linears = []
-    for inner, outer in ((joint, hidden), (hidden, width)):
-        linear = torch.nn.utils.skip_init(nn.Linear, inner, outer)  # spares the global random state
-        for parameter in linear.parameters():
-            bound = inner**-0.5
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
-        linears.append(linear)
-    first, second = linears
+    first, second = drawn_linear(joint, hidden, generator), drawn_linear(hidden, width, generator)
     return nn.Sequential(OrderedDict(linear1=first, relu=nn.ReLU(), linear2=second))

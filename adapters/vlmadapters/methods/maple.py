@@ -17,6 +17,7 @@ from vlmadapters.data.task import Task
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.deep import DeepPrompts, drawn_prompts, with_fitting_words
 from vlmadapters.methods.deep_configs import MaPLeConfig
+from vlmadapters.methods.linear import drawn_linear
 from vlmadapters.methods.official import check_keys, check_settings
 from vlmlayers.errors import UserError
 
@@ -56,7 +57,7 @@ class MaPLe(DeepPrompts):
         self.prompts = drawn_prompts(blocks, config.length, text, generator)
         self.start_from_words(self.prompts, backbone)
         # The public code makes one later projection and copies it, so that all start equal.
-        first, later = (_drawn_linear(text, vision, generator) for _ in range(2))
+        first, later = (drawn_linear(text, vision, generator) for _ in range(2))
         self.projections = nn.ModuleDict(
             {str(block): first if block == 1 else deepcopy(later) for block in config.vision}
         )
@@ -101,11 +102,3 @@ class MaPLe(DeepPrompts):
             return check_settings(config, {"vision": vision, "length": length}, where)
         made = cls.Config(vision, tuple(sorted(blocks["prompts"])), length=length)
         return with_fitting_words(made, length)
-
-
-def _drawn_linear(width_in: int, width_out: int, generator: torch.Generator) -> nn.Linear:
-    """Return a linear layer as torch initialises it, drawn from a generator."""
-    made = torch.nn.utils.skip_init(nn.Linear, width_in, width_out)
-    for value in made.parameters():
-        nn.init.uniform_(value, -(width_in**-0.5), width_in**-0.5, generator=generator)
-    return made

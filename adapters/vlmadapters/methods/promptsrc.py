@@ -51,13 +51,11 @@ class Regulated:
     @cached_property
     def frozen(self) -> Tensor:
         """Mean over templates of the plain features, (class, joint); a test does not need it."""
-        end = self.backbone.text.tower.depth + 1
         # Features are averaged as they are, and normalised in the loss: so the public code does.
         total = torch.zeros(())
         for template in self.templates:  # one at a time: all of ImageNet's would be 60,000 texts
-            tokens = self.backbone.tokens(self.task.prompts(template))
-            state = self.backbone.prompts(tokens, [end])[end]
-            total = total.to(tokens.device) + self.backbone.features("text", state)
+            features = self.backbone.text_features(self.task.prompts(template))
+            total = total.to(features.device) + features
         return total / len(self.templates)
 
 

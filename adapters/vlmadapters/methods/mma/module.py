@@ -17,6 +17,7 @@ from vlmadapters.clip.towers import Clip, backbone_towers
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.hooks import attached
+from vlmadapters.methods.linear import new_linear
 from vlmadapters.methods.mma.branch import add_branch
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.official import PARTS, agreed, placement_of
@@ -25,12 +26,6 @@ from vlmlayers.errors import UserError
 from vlmlayers.models.modes import in_float32, on_cpu
 
 PREFIX = {"vision": "visual_adapter", "text": "text_adapter"}
-
-
-def new_linear(width_in: int, width_out: int) -> nn.Linear:
-    """Return a linear map whose weights are still to be drawn."""
-    # skip_init leaves torch's global random state alone; the adapter draws its own weights.
-    return torch.nn.utils.skip_init(nn.Linear, width_in, width_out)
 
 
 class _Projections(nn.Module):
