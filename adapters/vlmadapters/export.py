@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
 from vlmadapters.device import own_modes
-from vlmadapters.files import OURS, load_method, read_info, save_whole
+from vlmadapters.files import OURS, load_method, read_info, save_whole, write_tensors
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import UNMERGED
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.files import atomically
 from vlmlayers.models.vlm import VLM
 from vlmlayers.prompts import alike
 
@@ -91,7 +89,7 @@ def export(
             told: dict[str, Any] = {"model": model.name, "weights": model.weights, "method": title}
             told |= {"class_names": list(names)} if one == "classes" else {}
             told |= {"image_size": image_size(model)} if one == "merged" else {}
-            _write(out, content, told)
+            write_tensors(out, content, json.dumps(told))
         return one
     left = [one for one in FORMS if one not in refused and _allows(makers[one])]
     other = f"export it as {' or '.join(left)} (form=, --form), or " if left else ""
@@ -207,10 +205,3 @@ def _check_name(path: Path, title: str, form: str) -> None:
         f"{path}: {title} is written in its authors' layout, a torch file; name it "
         f"{path.stem}.pth.tar"
     )
-
-
-def _write(path: Path, state: dict[str, Tensor], told: dict[str, Any]) -> None:
-    # safetensors refuses tensors that are not contiguous, as transposed ones are.
-    whole = {key: value.contiguous() for key, value in state.items()}
-    data = save(whole, metadata={"description": json.dumps(told)})
-    atomically(path, lambda part: part.write_bytes(data))

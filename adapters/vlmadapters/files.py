@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import pickle
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import atomically, checksum, write_text
-from vlmlayers.models.checkpoints import BROKEN, refuse_no_torch_file
+from vlmlayers.models.checkpoints import BROKEN, torch_content
 from vlmlayers.models.vlm import shared_structure
 
 LOG = logging.getLogger(__name__)
@@ -95,13 +94,20 @@ def save_method(
         "task": (task or Task()).to_dict(),
         "provenance": dict(provenance or {}),
     }
-    state = {key: value.cpu().contiguous() for key, value in method.state_dict().items()}
+    state = {key: value.cpu() for key, value in method.state_dict().items()}
     text = json.dumps({**info, "checksum": _checksum(info, state)}, indent=1)
     # In the header as well: a file without the JSON beside it still says what it is.
-    data = save(state, metadata={"description": text})
-    atomically(path, lambda part: part.write_bytes(data))
+    write_tensors(path, state, text)
     write_text(path.with_suffix(".json"), text)
     return path
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor], description: str) -> None:
+    """Write tensors as safetensors, with a description in the header; whole or not at all."""
+    # safetensors refuses tensors that are not contiguous, as transposed ones are.
+    whole = {key: value.contiguous() for key, value in state.items()}
+    data = save(whole, metadata={"description": description})
+    atomically(path, lambda part: part.write_bytes(data))
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
@@ -348,10 +354,7 @@ def _writers(state: Mapping[str, Tensor], backbone: Backbone, task: Task, least:
 def read_tensors_only(path: str | Path) -> dict[str, Any]:
     """Load a torch file that holds tensors and plain values; anything else is refused unread."""
     try:
-        refuse_no_torch_file(Path(path))
-        with warnings.catch_warnings():  # of a damaged header; what comes of it is said below
-            warnings.simplefilter("ignore", UserWarning)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch_content(Path(path))
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors and is not opened, as loading it would run code; ask "

@@ -62,7 +62,7 @@ def test_single_precision_trains_and_predicts_as_on_the_cpu() -> None:
         case = Case(found.method, Task(MANIFEST.class_names()))
         evaluator = Evaluator(model, precision="fp32", progress=False)
         items = MANIFEST.items("test")[:60]
-        labels.append(evaluator.predict(Images(model, MANIFEST), items, [case])[0])
+        labels.append(evaluator.answers(Images(model, MANIFEST), items, [case])[0].labels)
     np.testing.assert_allclose(losses[1], losses[0], atol=1e-3)
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, atol=1e-3, rtol=1e-3)

@@ -116,9 +116,7 @@ def _holders(recipe: Any) -> dict[str, Any]:
 def _with_settings(recipe: Any, settings: Mapping[str, Any]) -> Any:
     holders, savings = _holders(recipe), recipe.train.savings
     values: dict[int, dict[str, Any]] = {
-        id(recipe.train): {},
-        id(savings): {},
-        id(recipe.method): {},
+        id(one): {} for one in (recipe.train, savings, recipe.method)
     }
     for key, value in settings.items():
         if key in holders:

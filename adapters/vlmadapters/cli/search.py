@@ -20,6 +20,7 @@ from vlmadapters.cli.inputs import (
 from vlmadapters.validation.options import SearchOptions
 from vlmlayers.cli.options import DataRoot, Device, Model, named, with_options
 from vlmlayers.extraction import WeightsOptions
+from vlmlayers.options import parse_settings
 from vlmlayers.runs import Run
 
 
@@ -48,8 +49,6 @@ def search(
     Those of base classes: test images and novel classes are not looked at. A stopped search resumes
     with the same command. `vlmlayers train --placement` takes the setting that it picks.
     """
-    from vlmlayers.options import parse_settings
-
     values = parse_settings(settings or [])
     (made,) = read_recipes(recipe, values, [method], model)
     from vlmadapters.validation.candidates import check_searchable

@@ -23,6 +23,7 @@ from vlmadapters.cli.inputs import (
 from vlmadapters.data.options import DataOptions
 from vlmadapters.methods import METHODS
 from vlmadapters.protocols.options import TrainOptions
+from vlmadapters.protocols.table import protocol_of
 from vlmlayers.arguments import taken
 from vlmlayers.cli.options import (
     DataRoot,
@@ -35,6 +36,7 @@ from vlmlayers.cli.options import (
 )
 from vlmlayers.errors import UserError, check_one_of, no_file
 from vlmlayers.extraction import WeightsOptions
+from vlmlayers.options import parse_settings
 from vlmlayers.placement import CHOICE
 from vlmlayers.prompts import TEMPLATE, Template
 
@@ -91,9 +93,6 @@ def train(
     A stopped run resumes with the same command. Several processes may share
     the work: start the same command on each GPU.
     """
-    from vlmadapters.protocols.table import protocol_of
-    from vlmlayers.options import parse_settings
-
     protocol_of(options.protocol, target or (), "--protocol")
     places = [*(placement or []), *([CHOICE] if choice is not None else [])]
     read = partial(
@@ -251,8 +250,6 @@ def _unstored(
     Raises:
         UserError: A file is not there, or what is given is for none of them.
     """
-    from vlmlayers.options import parse_settings
-
     given = parse_settings([*settings, *([] if scale is None else [f"scale={scale!r}"])])
     option = "--scale" if scale is not None else "--set" if given else "--method"
     if (given or method is not None) and not files:

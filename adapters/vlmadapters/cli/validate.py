@@ -20,6 +20,8 @@ from vlmadapters.validation.options import ValidateOptions
 from vlmlayers.cli.options import DataRoot, Device, Model, named, with_options
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import WeightsOptions
+from vlmlayers.options import parse_settings
+from vlmlayers.placement import Placement
 from vlmlayers.runs import Run, score_table
 from vlmlayers.words import counted
 
@@ -72,7 +74,6 @@ def validate(
     if scores is not None:
         score_table(scores)  # that it is there; it is read once nothing else can be wrong
     from vlmadapters.validation.competitors import chosen_placement
-    from vlmlayers.options import parse_settings
 
     values = parse_settings(settings or [])
     (made,) = read_recipes(recipe, values, [method], model)
@@ -110,7 +111,6 @@ def validate(
 
 
 def _choice(choice: Path | None, placement: str | None) -> Any:
-    from vlmlayers.placement import Placement
     from vlmlayers.selection import LayerChoice
 
     if (choice is None) == (placement is None):

@@ -71,10 +71,8 @@ class Evaluator:
         precision: str = "auto",
         progress: bool = True,
     ) -> None:
-        self.model, self.backbone = (
-            model,
-            backbone or Backbone(model.clip, tokenizer=model.tokenizer),
-        )
+        self.model = model
+        self.backbone = backbone or Backbone(model.clip, tokenizer=model.tokenizer)
         # 100 is the test batch of most public code; the size changes nothing but rounding.
         self.batch_size = batch_size or (500 if model.device.type == "cuda" else 100)
         self.progress = progress
@@ -98,15 +96,6 @@ class Evaluator:
         if self.backbone.savings.text_features:
             kept[task] = (method.version, features)
         return features
-
-    def predict(
-        self,
-        images: Images,
-        items: Sequence[Item],
-        cases: Sequence[Case],
-    ) -> list[Labels]:
-        """Return the predicted label of every item, one array (item,) per case, as `answers`."""
-        return [one.labels for one in self.answers(images, items, cases)]
 
     def answers(
         self,

@@ -224,14 +224,8 @@ class Heat:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
-        return {
-            "stage": self.stage,
-            "default": self.default,
-            "rivals": list(self.rivals),
-            "best": self.best,
-            "difference": self.difference.to_dict(),
-            "pick": self.pick,
-        }
+        made = {"rivals": list(self.rivals), "difference": self.difference.to_dict()}
+        return {**vars(self), **made}
 
 
 @dataclass(eq=False)

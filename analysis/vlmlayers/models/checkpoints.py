@@ -52,12 +52,14 @@ BROKEN = (
 _BEGINNINGS = (b"PK", b"\x80")
 
 
-def refuse_no_torch_file(path: Path) -> None:
-    """Refuse a file that `torch.save` did not write, of which torch says that it might run code.
+def torch_content(path: Path) -> Any:
+    """Return what a file of `torch.save` holds, if that is tensors and plain values alone.
 
     Raises:
-        UserError: It is empty, a page of a website, a pointer to a large file, or whatever else.
-        OSError: It cannot be read.
+        UserError: It is empty, a page of a website, a pointer to a large file, or whatever else
+            `torch.save` did not write, of which torch says that it might run code.
+        pickle.UnpicklingError: It holds more than tensors.
+        Exception: It cannot be read or is damaged, by one of `BROKEN`.
     """
     with path.open("rb") as file:
         start = file.read(24)
@@ -68,6 +70,10 @@ def refuse_no_torch_file(path: Path) -> None:
             f"{path} was not written by torch.save: it begins with {start!r}; a download may have "
             "brought a page or a pointer in place of the file"
         )
+    with warnings.catch_warnings():  # of an unusual pickle; what comes of it is told by the caller
+        warnings.simplefilter("ignore", UserWarning)
+        # Unpickling runs any code that a file names; tensors alone cannot.
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +109,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         elif is_archive(path):
             found = read_archive(path)
         else:
-            refuse_no_torch_file(path)
-            with warnings.catch_warnings():  # of an unusual pickle; what comes of it is said below
-                warnings.simplefilter("ignore", UserWarning)
-                # Unpickling runs any code that a file names; tensors alone cannot.
-                found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch_content(path)
     except SafetensorError as error:
         raise UserError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
     except pickle.UnpicklingError as error:

@@ -456,11 +456,12 @@ def test_cases_together_predict_what_each_does_alone() -> None:
     model, plain = shared_backbone(), Method()
     cases = [Case(plain, task), Case(adapter, task), Case(plain, replace(task, template="a {}"))]
     images = Images(model, MANIFEST)
-    together = Evaluator(model, progress=False).predict(images, items, cases)
+    found = Evaluator(model, progress=False).answers(images, items, cases)
+    together = [answers.labels for answers in found]
     backbone = Backbone(model.clip, Savings.none(), model.tokenizer)
     for case, labels in zip(cases, together):
         alone = Evaluator(model, backbone, batch_size=7, progress=False)
-        assert np.array_equal(alone.predict(images, items, [case])[0], labels)
+        assert np.array_equal(alone.answers(images, items, [case])[0].labels, labels)
     assert not np.array_equal(together[0], together[1])
 
 
@@ -483,7 +484,7 @@ def predictions(made: Trainer) -> np.ndarray[Any, Any]:
     """Return labels of 31 test items, a number that two processes do not divide evenly."""
     evaluator = Evaluator(made.model, made.backbone, batch_size=5, progress=False)
     case = Case(made.runs[0].method, Task(MANIFEST.class_names(), made.train.template))
-    return evaluator.predict(made.images, MANIFEST.items("test")[:31], [case])[0]
+    return evaluator.answers(made.images, MANIFEST.items("test")[:31], [case])[0].labels
 
 
 def test_two_processes_give_the_parameters_and_predictions_of_one(tmp_path: Path) -> None:
