@@ -27,4 +27,4 @@ _LAYOUTS: dict[str, type[Layout]] = {
 
 def layout_of(place: Place) -> Layout:
     """Return the reader of a dataset's layout."""
-    return _LAYOUTS[place.spec.layout](place)  # type: ignore[call-arg]
+    return _LAYOUTS[place.spec.layout](place)

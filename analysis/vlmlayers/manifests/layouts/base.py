@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.manifests.items import Item, is_text
@@ -12,20 +12,27 @@ from vlmlayers.manifests.place import AlteredData, Place, known_checksum, read_t
 from vlmlayers.manifests.schema import Columns
 
 
-class Layout(Protocol):
-    """Reads the lists of one dataset. Classes take a `Place` and read nothing until asked."""
+class Layout(ABC):
+    """Reads the lists of one dataset; nothing is read until it is asked for.
 
+    Args:
+        place: Where the dataset lies.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    @abstractmethod
     def splits(self) -> tuple[str, ...]:
         """Return the splits that the files have."""
-        ...
 
+    @abstractmethod
     def class_names(self) -> tuple[str, ...]:
         """Return the class names by label."""
-        ...
 
+    @abstractmethod
     def items(self, split: str) -> list[Item]:
         """Return the items of a split, in the order of the files."""
-        ...
 
     def remarks(self) -> tuple[str, ...]:
         """Return what the lists read so far left out, or took otherwise than it is written."""

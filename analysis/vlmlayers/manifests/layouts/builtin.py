@@ -34,6 +34,7 @@ class BuiltInLayout(Layout):
     """Items are numbered; their path is `<split>/<index>`."""
 
     def __init__(self, place: Place) -> None:
+        super().__init__(place)
         self.dataset = dataset(place.name)
 
     def splits(self) -> tuple[str, ...]:

@@ -9,14 +9,11 @@ from vlmlayers.errors import UserError
 from vlmlayers.files import file_stamp
 from vlmlayers.manifests.items import SPLITS, Item, listed_path
 from vlmlayers.manifests.layouts.base import Layout, expect_hash
-from vlmlayers.manifests.place import Place, read_text
+from vlmlayers.manifests.place import read_text
 
 
 class CaptionsLayout(Layout):
     """Lines that repeat an image add captions to it; `tail` says which last images are test."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
 
     def _read(self) -> dict[str, list[Item]]:
         path = self.place.find(self.place.spec.split_file, "the file of captions")

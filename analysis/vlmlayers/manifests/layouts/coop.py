@@ -16,16 +16,13 @@ from vlmlayers.manifests.layouts.base import (
     expect_hash,
     names_by_label,
 )
-from vlmlayers.manifests.place import Place, read_text
+from vlmlayers.manifests.place import read_text
 
 Lists = dict[str, tuple[Item, ...]]
 
 
 class CoOpLayout(Layout):
     """One JSON file lists everything, so no image is needed to know the items."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
 
     def _read(self) -> tuple[Lists, tuple[str, ...]]:
         path = self.place.find(self.place.spec.split_file, "the split file")

@@ -28,7 +28,7 @@ class FolderLayout(Layout):
     """
 
     def __init__(self, place: Place) -> None:
-        self.place = place
+        super().__init__(place)
         self.split_folders = place.spec.split_folders
         if not self.split_folders and "fractions" not in place.spec.model_fields_set:
             # A manifest that is silent gets what its folder gets when it is named by its path.

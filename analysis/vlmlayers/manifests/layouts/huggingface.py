@@ -38,9 +38,6 @@ class HuggingFaceLayout(Layout):
     script is run.
     """
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
     @cached_property
     def _parts(self) -> dict[str, tuple[str, Any]]:
         """Return the library's name and dataset of each split, by its name here."""
@@ -74,11 +71,11 @@ class HuggingFaceLayout(Layout):
         image = _image_column(features, asked)
         where = f"{self.place.name}: the dataset in {self.place.images}"
         if image is None:
-            several = ", ".join(_image_columns(features))
+            several = ", ".join(_columns_of("Image", features))
             said = f'the images {several}; name one, as in columns = {{ path = "…" }}'
             raise UserError(f"{where} has {said if several else 'no column of images'}")
         refuse_lost_columns(asked, features, where)
-        classes = _class_columns(features)
+        classes = _columns_of("ClassLabel", features)
         label = next((c for c in (asked.label, asked.class_name) if c in features), None)
         label = label or (classes[0] if len(classes) == 1 else None)
         return image, label, next((c for c in (asked.caption, _TEXT) if c in features), None)
@@ -155,7 +152,7 @@ class HuggingFaceLayout(Layout):
             asked, columns = self.place.spec.columns, ", ".join(map(str, self._features))
             named = "".join(
                 f'; to take one, write columns = {{ label = "{column}" }}'
-                for column in _class_columns(self._features)[:1]
+                for column in _columns_of("ClassLabel", self._features)[:1]
             )
             found.append(
                 f"no column {asked.label!r} or {asked.class_name!r} says a class; there are "
@@ -255,17 +252,14 @@ def _named(data: Any, label: str | None) -> list[str]:
     return list(getattr(kind, "names", None) or ())
 
 
-def _class_columns(features: Mapping[str, Any]) -> list[str]:
-    return [key for key, kind in features.items() if type(kind).__name__ == "ClassLabel"]
-
-
-def _image_columns(features: Mapping[str, Any]) -> list[str]:
-    return [key for key, kind in features.items() if type(kind).__name__ == "Image"]
+def _columns_of(kind: str, features: Mapping[str, Any]) -> list[str]:
+    """Return the columns of a kind of the library's: `ClassLabel` or `Image`."""
+    return [key for key, own in features.items() if type(own).__name__ == kind]
 
 
 def _image_column(features: Mapping[str, Any], columns: Columns) -> str | None:
     """Return the column of images: of several, as of masks, the one named or called an image."""
-    found = _image_columns(features)
+    found = _columns_of("Image", features)
     named = "path" in columns.model_fields_set
     usual = (columns.path,) if named else (*_IMAGE, *(found if len(found) == 1 else ()))
     return next((column for column in usual if column in found), None)
@@ -280,7 +274,7 @@ def _undecoded(data: Any) -> Any:
 
     features = _features(data)
     plain = [key for key, kind in features.items() if isinstance(kind, dict) and "bytes" in kind]
-    for column in _image_columns(features) or plain[:1]:
+    for column in _columns_of("Image", features) or plain[:1]:
         data = data.cast_column(column, datasets.Image(decode=False))
     return data
 

@@ -6,14 +6,11 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS, Item, listed_path
 from vlmlayers.manifests.layouts.base import Layout, declared_names
 from vlmlayers.manifests.layouts.classes import class_word
-from vlmlayers.manifests.place import MissingData, Place, read_text
+from vlmlayers.manifests.place import MissingData, read_text
 
 
 class ListsLayout(Layout):
     """FGVC Aircraft's own layout: `1025794 707-320` stands for `1025794.jpg`."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
 
     def splits(self) -> tuple[str, ...]:
         """Return the splits that have a list."""

@@ -10,14 +10,11 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests.items import SPLITS, Item, checked_path
 from vlmlayers.manifests.layouts.base import Layout, checked_name, declared_names
 from vlmlayers.manifests.layouts.classes import Classes, class_word, read_classes
-from vlmlayers.manifests.place import MissingData, Place
+from vlmlayers.manifests.place import MissingData
 
 
 class ShardsLayout(Layout):
     """An item's path is the tar file, a slash, and the image's name in it."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
 
     def splits(self) -> tuple[str, ...]:
         """Return the splits that the manifest gives shards to."""

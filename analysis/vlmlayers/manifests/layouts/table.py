@@ -52,7 +52,7 @@ class TableLayout(Layout):
     """
 
     def __init__(self, place: Place) -> None:
-        self.place = place
+        super().__init__(place)
         self.columns = place.spec.columns
 
     @cached_property
