@@ -345,13 +345,19 @@ def _mapping(key: _Kind, content: _Kind) -> _Kind:
     return _Kind(f"a mapping from {words}", f"mappings from {words}", take)
 
 
-def _instance(kind: type) -> _Kind:
+def _where(fits: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """Return what takes a value as it is where it fits."""
+
     def take(value: Any) -> Any:
-        if not isinstance(value, kind):
+        if not fits(value):
             raise _Wrong(value)
         return value
 
-    return _Kind(kind.__name__, kind.__name__, take)
+    return take
+
+
+def _instance(kind: type) -> _Kind:
+    return _Kind(kind.__name__, kind.__name__, _where(lambda value: isinstance(value, kind)))
 
 
 def _among(value: Any, valid: tuple[Any, ...]) -> Any:
@@ -405,19 +411,8 @@ def _path(value: Any) -> Path:
     return Path(os.fspath(value))
 
 
-def _none(value: Any) -> None:
-    if value is not None:
-        raise _Wrong(value)
-
-
-def _function(value: Any) -> Any:
-    if not callable(value):
-        raise _Wrong(value)
-    return value
-
-
 _ANY = _Kind("anything", "anything", lambda value: value)
-_NONE = _Kind("None", "None", _none)
+_NONE = _Kind("None", "None", _where(lambda value: value is None))
 _PATH = _Kind("a path", "paths", _path)
 _PLAIN: dict[Any, _Kind] = {
     Any: _ANY,
@@ -428,7 +423,7 @@ _PLAIN: dict[Any, _Kind] = {
     Path: _PATH,
     os.PathLike: _PATH,
     type(None): _NONE,
-    collections.abc.Callable: _Kind("a function", "functions", _function),
+    collections.abc.Callable: _Kind("a function", "functions", _where(callable)),
 }
 _COLLECTIONS = (list, tuple, collections.abc.Sequence, collections.abc.Collection, Iterable)
 
