@@ -206,6 +206,8 @@ class _Held:
 
 
 def _held(data: Any, progress: bool) -> _Held:
+    if isinstance(data, Mapping):
+        raise UserError(f"the data have splits; give one of them: {', '.join(map(str, data))}")
     # By what they can do, not by class: none of these libraries has to be installed.
     if hasattr(data, "column_names") and hasattr(data, "features"):
         return _hugging_face(data)
@@ -219,8 +221,6 @@ def _held(data: Any, progress: bool) -> _Held:
             "a table in memory is no dataset; write it with to_csv('items.csv', index=False) and "
             "give that path, or give its images as a list and labels="
         )
-    if isinstance(data, Mapping):
-        raise UserError(f"the data have splits; give one of them: {', '.join(map(str, data))}")
     shape = tuple(getattr(data, "shape", ()))
     # Of three axes it may be grey images; with channels among them it is one image in colour.
     channels = {*shape[-1:], *(shape[:1] if isinstance(data, Tensor) else ())}
@@ -332,8 +332,6 @@ def _image_folder(data: Any) -> _Held:
 
 
 def _hugging_face(data: Any) -> _Held:
-    if isinstance(data, Mapping):
-        raise UserError(f"the data have splits; give one of them: {', '.join(map(str, data))}")
     if not hasattr(data, "__len__"):
         raise UserError(
             "the data are streamed, and items are drawn by number; load them with streaming=False, "
