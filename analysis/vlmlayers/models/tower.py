@@ -45,6 +45,16 @@ def before_trailing_run(ids: Tensor) -> Tensor:
     return torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
 
 
+def example_texts(module: nn.Module, columns: int, token: int = 2) -> Callable[[int], Tensor]:
+    """Return what makes a batch of texts of one token, on the device of a module."""
+
+    def example(batch: int) -> Tensor:
+        device = next(module.parameters()).device
+        return torch.full((batch, columns), token, dtype=torch.long, device=device)
+
+    return example
+
+
 @dataclass(eq=False, repr=False)
 class Tower:
     """One tower of a vision-language model, in one vocabulary for every family.

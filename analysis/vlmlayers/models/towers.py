@@ -7,7 +7,6 @@ norm, pooling, projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.models import transformers_towers
-from vlmlayers.models.tower import Apply, Tower, before_trailing_run, same, until
+from vlmlayers.models.tower import Apply, Tower, before_trailing_run, example_texts, same, until
 from vlmlayers.models.trunks import find_trunk, is_trunk, pixels, timm_trunk
 
 OTHERS = "; features that you recorded of another model: vlmlayers.LayerFeatures.from_arrays"
@@ -222,7 +221,7 @@ def _open_clip_text(text: nn.Module, whole: Apply) -> Tower:
         causal=causal,
         norm=module.ln_final,
         project=_matrix(module.text_projection),
-        example=_texts(module),
+        example=example_texts(module, module.context_length),
         valid=until(ends) if ends else before_trailing_run,
     )
     if pool == "none" and not class_token:
@@ -270,14 +269,6 @@ def _end_of_text(module: Any, pool: str) -> Apply | None:
     return None
 
 
-def _texts(module: Any) -> Callable[[int], Tensor]:
-    def example(batch: int) -> Tensor:
-        device = next(module.parameters()).device
-        return torch.full((batch, module.context_length), 2, dtype=torch.long, device=device)
-
-    return example
-
-
 def _hugging_face(text: HFTextEncoder, run: Apply) -> Tower:
     encoder: Any = text.transformer
     pooler = type(text.pooler).__name__
@@ -301,11 +292,6 @@ def _hugging_face(text: HFTextEncoder, run: Apply) -> Tower:
     def valid(ids: Tensor) -> Tensor:
         return ids != config.pad_token_id
 
-    def example(batch: int) -> Tensor:
-        device = next(encoder.parameters()).device
-        # Any ids but that of padding, which no pool would look at.
-        return torch.full((batch, 7), 5, dtype=torch.long, device=device)
-
     tower = Tower(
         name="text",
         kind="blocks",
@@ -313,7 +299,8 @@ def _hugging_face(text: HFTextEncoder, run: Apply) -> Tower:
         blocks=list(blocks),
         run=run,
         width=getattr(config, "hidden_size", None) or config.d_model,
-        example=example,
+        # Any token but that of padding, which no pool would look at.
+        example=example_texts(encoder, 7, token=5),
         pooling={"MeanPooler": "mean", "MaxPooler": "model"}.get(pooler, "cls"),
         prefix=1,
         norm=norm or same,

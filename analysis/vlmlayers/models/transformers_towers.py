@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
-from vlmlayers.models.tower import Apply, Tower, before_trailing_run, same, until
+from vlmlayers.models.tower import Apply, Tower, before_trailing_run, example_texts, same, until
 
 _PACKED = 3  # columns behind the pixels of a SigLIP 2 patch: is it one, rows, columns of the image
 
@@ -72,7 +72,7 @@ def find_text(model: Any) -> Tower:
         pooling="model" if ends is None else "eot",
         pool_note="last token" if ends is None else "end of text",
         run=lambda ids: _embedding(model.get_text_features(input_ids=ids)),
-        example=_ids(text),
+        example=example_texts(text, settings.max_position_embeddings),
         causal=ends is not None,
         norm=_known(text, "final_layer_norm"),
         project=text.head if ends is None else model.text_projection,
@@ -171,14 +171,5 @@ def _pixels(vision: Any) -> Callable[[int], Tensor]:
         side = vision.config.image_size
         weight = vision.embeddings.patch_embedding.weight
         return weight.new_zeros(batch, vision.config.num_channels, side, side)
-
-    return example
-
-
-def _ids(text: Any) -> Callable[[int], Tensor]:
-    def example(batch: int) -> Tensor:
-        device = text.embeddings.token_embedding.weight.device
-        columns = text.config.max_position_embeddings
-        return torch.full((batch, columns), 2, dtype=torch.long, device=device)
 
     return example
