@@ -20,6 +20,7 @@ from typing import Any
 from vlmlayers.errors import UserError, looked_for
 from vlmlayers.files import checksum, file_checksum, read_json, take_lock, write_json, writing
 
+PARTIAL = ".partial"  # ends the name of the folder of a feature store that is being written
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period of so many
 RUN_FILES = ("provenance.json", "stages.json", "scores.json", "report.html")
 LOCK = ".lock"  # in a run folder: who writes there holds it
@@ -107,8 +108,8 @@ class Run:
             UserError: There is none, or one is not finished.
         """
         folders = sorted(path for path in self.features.glob("*") if path.is_dir())
-        found = [path for path in folders if path.suffix != ".partial"]
-        known = {*found, *(self.features / f"{name}.partial" for name in self.left_out)}
+        found = [path for path in folders if path.suffix != PARTIAL]
+        known = {*found, *(self.features / f"{name}{PARTIAL}" for name in self.left_out)}
         if unfinished := [path for path in folders if path not in known]:
             raise UserError(
                 f"{unfinished[0]} is not finished; start its extraction again, or delete that "
@@ -268,9 +269,7 @@ def fingerprint(content: Any) -> str:
 
 def file_mark(path: Path) -> str:
     """Return sixteen hexadecimal digits of a file's SHA-256; empty where there is no file."""
-    if not path.is_file():
-        return ""
-    return file_checksum(path)[:16]
+    return file_checksum(path)[:16] if path.is_file() else ""
 
 
 def environment() -> dict[str, Any]:

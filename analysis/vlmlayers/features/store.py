@@ -26,6 +26,7 @@ from vlmlayers.features.arrays import LayerFeatures, TowerFeatures
 from vlmlayers.files import checksum, file_checksum, write_text
 from vlmlayers.identity import DATA, DataIdentity
 from vlmlayers.progress import timed
+from vlmlayers.runs import PARTIAL
 
 SIDECAR = "store.json"
 ITEMS = "items.json"
@@ -83,7 +84,7 @@ def open_features(path: str | Path, verify: bool = True) -> LayerFeatures:
 
 def partial_folder(path: Path) -> Path:
     """Return the folder that holds unfinished work for a store."""
-    return path.with_name(path.name + ".partial")
+    return path.with_name(path.name + PARTIAL)
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from vlmlayers.runs import processes_launched
+
 _PATIENCE = timedelta(hours=24)  # a slow process is not a dead one; torchrun ends the dead
 
 
@@ -30,7 +32,7 @@ class Processes:
         if not distributed.is_available():
             return cls()
         if not distributed.is_initialized():
-            if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
+            if processes_launched() < 2 or "MASTER_ADDR" not in os.environ:
                 return cls()
             # gloo works on host memory, where the sums lie; NCCL would need a GPU for each process.
             distributed.init_process_group("gloo", timeout=_PATIENCE)
