@@ -159,7 +159,7 @@ def prepare(
         "weights": model.weights,
         "dataset": manifest.name,
         "split": split,
-        "class_names": list(names),
+        "class_names": names,
         "random_weights": model.random_weights,
     }
     return work, header, identity_of(work)

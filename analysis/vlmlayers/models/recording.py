@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -284,16 +283,11 @@ class Recorder:
         self._hooks.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         hooks, self._hooks = self._hooks, None
         # Else the last batch would hold device memory for as long as the recorder lives.
         self._seen, self._output = {}, None
-        hooks.__exit__(kind, error, trace)
+        hooks.__exit__(*error)
 
     def __call__(self, batch: Tensor) -> Features:
         """Run the tower on one batch and return features by space and position.

@@ -280,7 +280,7 @@ class _Stream:
             captions = [self._first_caption(item) for item in items]
             text = self._texts(captions, labels, np.arange(len(rows), dtype=np.int64))
         return LayerFeatures(
-            **{**self.header, "class_names": tuple(self.header["class_names"])},
+            **self.header,
             vision=self._tower("vision", ids, labels, features, None),
             text=text,
             identity=self.identity,

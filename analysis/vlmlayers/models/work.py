@@ -89,8 +89,7 @@ class Work:
         sink = MemorySink(self.plans())
         self._fill(sink, Processes(0, 1))
         self.settle(sink.bad)
-        names = tuple(header["class_names"])
-        return sink.features(**{**header, "class_names": names}, identity=identity)
+        return sink.features(**header, identity=identity)
 
     def on_disk(
         self, folder: Path, header: Mapping[str, Any], identity: Mapping[str, Any]
@@ -126,14 +125,14 @@ class Work:
         """Return ids, labels, batches and shapes of both towers."""
         labels = [int(item.label) for item in self.items]
         paths = tuple(str(item.path) for item in self.items)
-        parts: list[tuple[str, str, tuple[str, ...], Sequence[int], Any]] = []
+        plans = {}
         if "vision" in self.recorders:
-            parts.append(("vision", "images", paths, labels, None))
+            plans["vision"] = self._plan("vision", "images", paths, labels, None)
         if (texts := self.texts) is not None:
             pairs = None if texts.pairs is None else [int(row) for row in texts.pairs]
             of = [int(label) for label in texts.labels]
-            parts.append(("text", texts.kind, texts.texts, of, pairs))
-        return {name: self._plan(name, kind, *rest) for name, kind, *rest in parts}
+            plans["text"] = self._plan("text", texts.kind, texts.texts, of, pairs)
+        return plans
 
     def _plan(
         self, name: str, kind: str, ids: tuple[str, ...], labels: Sequence[int], pairs: Any
@@ -176,10 +175,9 @@ class Work:
 
     def _fill_images(self, sink: Sink, processes: Processes) -> None:
         batches = self._batches(len(self.items))
-        left = [b for b in processes.share(len(batches)) if b not in sink.done["vision"]]
-        finished = sum(len(batches[b]) for b in processes.share(len(batches))) - sum(
-            len(batches[b]) for b in left
-        )
+        share = processes.share(len(batches))
+        left = [b for b in share if b not in sink.done["vision"]]
+        total, rest = (sum(len(batches[b]) for b in some) for some in (share, left))
         recorder = self.recorders["vision"]
 
         def put(
@@ -198,8 +196,8 @@ class Work:
             self.recording(recorder),
             ThreadPoolExecutor(1) as writer,
             bar(
-                total=finished + sum(len(batches[b]) for b in left),
-                initial=finished,
+                total=total,
+                initial=total - rest,
                 unit="image",
                 description=f"{self.manifest.name} {self.split}",
                 show=self.options.progress and processes.rank == 0,
