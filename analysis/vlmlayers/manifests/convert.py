@@ -15,13 +15,11 @@ from vlmlayers.data.names import IMAGE_SUFFIXES, suffix_of
 from vlmlayers.data.shards import (
     NewSample,
     index_shard,
-    read_member,
     write_shard,
 )
 from vlmlayers.errors import UserError
 from vlmlayers.files import read_json, write_json, write_text
 from vlmlayers.manifests.items import Item
-from vlmlayers.manifests.layouts.huggingface import stored_image
 from vlmlayers.manifests.manifest import Manifest
 from vlmlayers.progress import track
 from vlmlayers.runs import fingerprint
@@ -117,17 +115,14 @@ def _samples(
 def _encoded(manifest: Manifest, item: Item, root: Root) -> tuple[bytes, str]:
     """Return an image's bytes as they are stored, or as PNG where there is no file."""
     suffix = suffix_of(item.path)
-    if manifest.layout == "shards":
-        member = item.path.partition(".tar/")[2]
-        return read_member(manifest.location(item, root), member, manifest.spec.members), suffix
-    if manifest.is_stored(root) and suffix in IMAGE_SUFFIXES:
-        return stored_image(manifest.place(root), item.path), suffix
-    if manifest.layout != "builtin" and not manifest.is_stored(root) and suffix in IMAGE_SUFFIXES:
-        path = manifest.location(item, root)
+    if manifest.layout == "shards" or suffix in IMAGE_SUFFIXES:  # which drawn images have none of
+        source, _ = manifest.encoded(item, root)
+        if isinstance(source, bytes):
+            return source, suffix
         try:
-            return path.read_bytes(), suffix
+            return source.read_bytes(), suffix
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+            raise UserError(f"{source} cannot be read: {error.strerror}") from None
     buffer = io.BytesIO()
     manifest.open_image(item, root).save(buffer, "PNG")
     return buffer.getvalue(), "png"

@@ -365,7 +365,7 @@ class Manifest:
         if self.layout == "builtin":
             drawn, (split, index) = dataset(self.name), split_and_index(item)
             return drawn.image(split, index, **({} if size is None else {"size": size}))
-        image = open_image(*self._file(item, root), at_least=size if reduced else None)
+        image = open_image(*self.encoded(item, root), at_least=size if reduced else None)
         note_range(self.name, image, item.path)
         return image
 
@@ -383,10 +383,10 @@ class Manifest:
             raise NotJPEG(
                 f"decoding nvjpeg takes JPEG files, and {self.name} is drawn by code; leave it out"
             )
-        return read_jpeg(*self._file(item, root))
+        return read_jpeg(*self.encoded(item, root))
 
-    def _file(self, item: Item, root: Root) -> tuple[Path | bytes, str | None]:
-        """Return where the encoded image of an item is, or its bytes, and what to call it."""
+    def encoded(self, item: Item, root: Root = None) -> tuple[Path | bytes, str | None]:
+        """Return the file of an item's image, or its bytes, and what to call it in messages."""
         from vlmlayers.data.shards import read_member
 
         path = self.location(item, root)
