@@ -248,9 +248,7 @@ def _stretch(cells: Cells) -> float:
 
 def _tested(tau: Mean, null: Array, cells: Cells) -> dict[str, float]:
     """Return a mean τ with interval and p by what it is in draws of chance, (draw, cell)."""
-    # Datasets weigh the same, however many seeds each has.
-    size = 1 / np.bincount(cells.of)[cells.of]
-    means = null @ size / size.sum()
+    means = cells.mean(null)
     # Permutations that tie with what was found count against it, also where rounding differs.
     p = (1 + np.sum(np.abs(means) >= abs(tau.value) - ROUNDING)) / (len(means) + 1)
     return {"tau": tau.value, "low": tau.low, "high": tau.high, "p": float(p)}

@@ -150,23 +150,26 @@ class Cells:
 
     def __init__(self, datasets: NDArray[Any], draws: int, seed: int) -> None:
         names, self.of = np.unique(datasets, return_inverse=True)
-        self.count = len(names)
-        self.draws = draws
-        self.seed = seed
+        self.count, self.size = len(names), np.bincount(self.of)[self.of]
+        self.draws, self.seed = draws, seed
 
     @property
     def seeds(self) -> Array:
         """Pairs of cells of one dataset, (cell, cell), each dataset's pairs weighing 1."""
-        size = np.bincount(self.of)[self.of]
+        size = self.size
         pairs = (self.of[:, None] == self.of) & ~np.eye(len(self.of), dtype=bool)
         return pairs / np.maximum(size * (size - 1), 1)
 
     @property
     def others(self) -> Array:
         """Pairs of cells of two datasets, (cell, cell)."""
-        size = np.bincount(self.of)[self.of]
         # Every pair of datasets weighs the same, however many seeds they have.
-        return (self.of[:, None] != self.of) / (size[:, None] * size)
+        return (self.of[:, None] != self.of) / (self.size[:, None] * self.size)
+
+    def mean(self, values: Array) -> Array:
+        """Return the mean of values of cells, (…, cell), datasets weighing the same."""
+        weights = 1 / self.size
+        return values @ weights / weights.sum()
 
     def repeats(self, values: Array, pairs: Array) -> Repeats | None:
         """Return how far rankings of pairs of cells agree; None where there is no pair.
@@ -220,9 +223,8 @@ def _halves(table: pd.DataFrame, cells: Cells, placements: list[str]) -> Repeats
         return (ranked * signs(other)).sum(-1)
 
     null = taus(permuted(second, cells.draws, cells.seed))
-    size = 1 / np.bincount(cells.of)[cells.of]
     tau = mean_correlation(taus(second), cells.of)
-    return _repeats(tau.value, (tau.low, tau.high), null @ size / size.sum(), len(first))
+    return _repeats(tau.value, (tau.low, tau.high), cells.mean(null), len(first))
 
 
 def _aligned(table: pd.DataFrame, column: str, placements: list[str]) -> Array:

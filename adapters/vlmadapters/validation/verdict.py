@@ -326,7 +326,8 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
     check_one_of("placement", reference, compared, where="the validation table")
     left = regret(table, chosen, seed=seed)
     ours = compared[chosen]["hm"]
-    equal = len(set(_tied(compared, ours)) - {chosen})
+    others = (row for label, row in compared.items() if label not in (chosen, ZERO_SHOT))
+    equal = sum(row["hm"] == ours for row in others)
     if left.value > 0:
         tail = left.words
     elif equal:
@@ -353,12 +354,6 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
         f"({reference}) by {gain:+z.1f} points{bracketed(low, high)} over "
         f"{runs(rows[rows['placement'] == reference])}; {tail}."
     )
-
-
-def _tied(compared: dict[str, dict[Hashable, Any]], value: float) -> list[str]:
-    """Return the trained placements whose mean is equal to a value."""
-    trained = (label for label in compared if label != ZERO_SHOT)
-    return [label for label in trained if compared[label]["hm"] == value]
 
 
 def _against_zero_shot(plain: dict[Hashable, Any] | None) -> str:
