@@ -198,23 +198,14 @@ class LASP(LearnedContext):
         logits = self.logits(backbone, images, texts if virtual else texts[: step.classes.count])
         parts = {"cross_entropy": F.cross_entropy(logits, step.labels)}
         if self.config.weight:
-            logits = self.reference_logits(backbone, texts, self._references(step))
+            # Texts take the place of images, since only those are normalised there: references
+            # with noise are not normalised again, as published.
+            logits = scaled_products(backbone.clip, texts, self._references(step))
             own = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
-            # The softmax runs over axis 1, the learned classes: references are classified by them.
+            # (template, learned class, class): the softmax runs over the learned classes, by which
+            # references are classified.
             parts["text_to_text"] = F.cross_entropy(logits, own)
         return parts
-
-    def reference_logits(self, backbone: Backbone, texts: Tensor, references: Tensor) -> Tensor:
-        """Return scaled cosines of texts and references, (template, learned class, class).
-
-        Args:
-            backbone: The frozen CLIP.
-            texts: Learned features, (class, joint).
-            references: Hand-made ones, (template, class, joint), taken as they are.
-        """
-        # Texts take the place of images, since only those are normalised there: references with
-        # noise are not normalised again, as published.
-        return scaled_products(backbone.clip, texts, references)
 
     def _references(self, step: Step) -> Tensor:
         """Return the references of a step: in every other one, at random, with noise."""

@@ -87,7 +87,11 @@ class CellFolder:
 
     def path(self, cell: Cell) -> Path | None:
         """Return the file of a finished cell."""
-        return None if self.out is None else self.out / "cells" / f"{cell.key}.json"
+        return None if self.out is None else self._file(cell.key)
+
+    def _file(self, key: str) -> Path:
+        assert self.out is not None
+        return self.out / "cells" / f"{key}.json"
 
     def read(self, cell: Cell) -> Rows | None:
         """Return the rows of a finished cell, None where it is not finished.
@@ -149,7 +153,7 @@ class CellFolder:
                 "to train the first one again, remove %s",
                 folder,
                 counted(len(lacking), "adapter"),
-                self.out / "cells" / f"{lacking[0]}.json",
+                self._file(lacking[0]),
             )
 
     def begin(self, cells: Sequence[Cell]) -> Path | None:
@@ -179,9 +183,7 @@ class CellFolder:
                 self._lock(UNFINISHED, held, wait=True)  # no other is naming the cells of one
             for folder in folders:
                 with suppress(OSError, ValueError):
-                    if all(
-                        (self.out / "cells" / f"{key}.json").exists() for key in _members(folder)
-                    ):
+                    if all(self._file(key).exists() for key in _members(folder)):
                         rmtree(folder, ignore_errors=True)
             if folders:
                 with suppress(OSError):  # it holds others

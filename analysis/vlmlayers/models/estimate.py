@@ -33,7 +33,7 @@ from vlmlayers.positions import SPACES, TOKENS
 SAMPLE = 200  # items of a dataset that streaming keeps where nothing else is said
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 ADDED = ["images", "hours", "store_gb", "stream_mb"]
-DIGITS = {
+DECIMALS = {
     "images": 0, "encode": 2, "decode": 2, "write": 3, "add": 3, "hours": 3, "store_gb": 3,
     "stream_mb": 1,
 }  # fmt: skip
@@ -322,7 +322,7 @@ def estimate(
     table = pd.DataFrame(rows)
     if len(rows) > 1:
         table.loc[len(rows)] = {"dataset": "all", **table[ADDED].sum()}
-    formats = {name: f"{{:.{digits}f}}".format for name, digits in DIGITS.items()}
+    formats = {name: f"{{:.{digits}f}}".format for name, digits in DECIMALS.items()}
     lines = [
         f"{model.name} in one process on {costs[0].device}, batches of {costs[0].batch_size}",
         f"{costs[0].bytes_per_image} bytes per image in a store; milliseconds per image to encode,",
