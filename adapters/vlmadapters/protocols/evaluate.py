@@ -116,9 +116,16 @@ class Evaluator:
         mine = processes.share(items)
         for case in cases:
             case.method.eval()
+
+        def gathered(values: NDArray[Any]) -> NDArray[Any]:
+            return processes.gathered(values, len(items), self.model.device)
+
         advice = f"lower the batch size of the test ({self.batch_size}) or use fewer classes"
         with memory_errors(self.model.device, advice), at_rest(self.backbone.clip):
-            return self._answers(images, items, mine, cases)
+            return [
+                Answers(gathered(one[LABEL].astype(np.int64)), gathered(one[LOG_LIKELIHOOD]))
+                for one in self._answers(images, mine, cases)
+            ]
 
     @torch.no_grad()
     def _states(
@@ -149,21 +156,23 @@ class Evaluator:
                 states = self.backbone.images(batch, starts)
             yield states
 
+    @torch.no_grad()
     def _answers(
-        self,
-        images: Images,
-        items: Sequence[Item],
-        mine: Sequence[Item],
-        cases: Sequence[Case],
-    ) -> list[Answers]:
+        self, images: Images, items: Sequence[Item], cases: Sequence[Case]
+    ) -> NDArray[np.float64]:
+        """Return what `_predicted` gives of all items, (case, 3, item)."""
         made: list[NDArray[np.float64]] = []
         texts = [self.class_features(case.method, case.task) for case in cases]
-        truth = placed(torch.tensor([item.label for item in mine]), self.model.device)
+        truth = placed(torch.tensor([item.label for item in items]), self.model.device)
         starts = [case.method.first(self.backbone, "vision") for case in cases]
-        states = self._states(images, mine, starts)
+        states = self._states(images, items, starts)
         for batch, right in zip(states, truth.split(self.batch_size)):
-            of_case = [batch[start] for start in starts]
-            predicted = [_predicted(logits, right) for logits in self._batch(of_case, cases, texts)]
+            predicted = []
+            for case, start, text in zip(cases, starts, texts):
+                with self.autocast():
+                    features = case.method.image_features(self.backbone, batch[start])
+                    logits = case.method.logits(self.backbone, features, text).float()
+                predicted.append(_predicted(logits, right))
             found = torch.stack(predicted).cpu().numpy()  # one copy, for which alone the host waits
             if not (finite := found[:, FINITE].all(axis=-1)).all():
                 raise Diverged(
@@ -172,27 +181,8 @@ class Evaluator:
                     np.flatnonzero(~finite).tolist(),
                 )
             made.append(found)
-        empty = np.zeros((len(cases), 3, 0))
-        # A process without a share still has to take part in the exchange below.
-        whole = np.concatenate(made, axis=-1) if made else empty
-
-        def gathered(values: NDArray[Any]) -> NDArray[Any]:
-            return processes.gathered(values, len(items), self.model.device)
-
-        return [
-            Answers(gathered(one[LABEL].astype(np.int64)), gathered(one[LOG_LIKELIHOOD]))
-            for one in whole
-        ]
-
-    @torch.no_grad()
-    def _batch(
-        self, states: Sequence[State], cases: Sequence[Case], texts: Sequence[Any]
-    ) -> Iterator[Tensor]:
-        for case, state, text in zip(cases, states, texts):
-            with self.autocast():
-                features = case.method.image_features(self.backbone, state)
-                logits = case.method.logits(self.backbone, features, text).float()
-            yield logits
+        # A process without a share still has to take part in the exchange of the answers.
+        return np.concatenate(made, axis=-1) if made else np.zeros((len(cases), 3, 0))
 
 
 def _predicted(logits: Tensor, right: Tensor) -> Tensor:
