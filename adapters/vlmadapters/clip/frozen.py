@@ -133,7 +133,7 @@ class Backbone:
         return found
 
     def _kept_bytes(self) -> int:
-        return sum(one.numel() * one.element_size() for one in self._features.values())
+        return sum(one.nbytes for one in self._features.values())
 
     def plain_state(self, features: Tensor) -> State:
         """Return the state of images at the end of the tower from their joint features."""
@@ -267,10 +267,10 @@ class ViewCache:
             self.form = replace(first, inputs=first.inputs[:1].clone())
             self.entered = {start: state.block for start, state in states.items()}
             views = len(self.filled)
-            size = views * sum(x[0].numel() * x.element_size() for x in made.values())
+            size = views * sum(x[0].nbytes for x in made.values())
             # The lowest state leads to all others, at the cost of the blocks between.
             keep: Sequence[int] = self.starts if size <= self.limit else self.starts[:1]
-            size = views * sum(made[b][0].numel() * made[b].element_size() for b in keep)
+            size = views * sum(made[b][0].nbytes for b in keep)
             self._place = self._where(size)
             # Empty, not zeros: in main memory pages are then provided as rows are written, so that
             # views which are never seen take no room.

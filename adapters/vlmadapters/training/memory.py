@@ -96,7 +96,7 @@ def view_bytes(backbone: Backbone, views: int, starts: Sequence[int]) -> int:
     """Return the bytes that the frozen activations of some views take at the blocks named."""
     example = backbone.vision.tower.example(1)
     states = backbone.images(example, starts)
-    sizes = [s.x.numel() * s.x.element_size() for s in states.values() if s.x is not None]
+    sizes = [s.x.nbytes for s in states.values() if s.x is not None]
     return views * sum(sizes)
 
 
