@@ -18,36 +18,15 @@ from vlmlayers.scores.summaries import harmonic_mean
 if TYPE_CHECKING:
     from vlmadapters.methods.base import Method
 
+KEY = (
+    "protocol", "method", "model", "weights", "dataset", "source", "split_kind", "placement",
+    "settings", "recipe", "shots", "seed",
+)  # fmt: skip
 COLUMNS = (
-    "protocol",
-    "method",
-    "model",
-    "weights",
-    "dataset",
-    "source",
-    "split_kind",
-    "placement",
-    "settings",
-    "recipe",
-    "shots",
-    "seed",
-    "accuracy",
-    "n",
-    "low",
-    "high",
-    "log_likelihood",
-    "first_half",
-    "second_half",
-    "template",
-    "parameters",
-    "changed",
-    "seconds",
-    "device",
-    "precision",
-    "random_weights",
-    "note",
-)
-KEY = COLUMNS[: COLUMNS.index("accuracy")]  # what identifies a row; the rest are results
+    *KEY,  # what identifies a row; the rest are results
+    "accuracy", "n", "low", "high", "log_likelihood", "first_half", "second_half", "template",
+    "parameters", "changed", "seconds", "device", "precision", "random_weights", "note",
+)  # fmt: skip
 CELL = ("dataset", "split_kind", "seed")  # what identifies a row of one training
 ZERO_SHOT_CLIP, ZERO_SHOT_OWN = "zero-shot CLIP", "zero-shot CLIP, dataset template"
 ZERO_SHOT_METHODS = (ZERO_SHOT_CLIP, ZERO_SHOT_OWN)

@@ -20,19 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SEARCH_COLUMNS = (
-    "stage",
-    "dataset",
-    "seed",
-    "fold",
-    "held_out",
-    "setting",
-    "base",
-    "novel",
-    "base_log_likelihood",
-    "novel_log_likelihood",
-    "steps",
-    "seconds",
-)
+    "stage", "dataset", "seed", "fold", "held_out", "setting",
+    "base", "novel", "base_log_likelihood", "novel_log_likelihood", "steps", "seconds",
+)  # fmt: skip
 
 
 def _log_likelihood(table: pd.DataFrame) -> pd.Series:

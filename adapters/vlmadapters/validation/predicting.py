@@ -30,20 +30,9 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.words import counted
 
 PREDICTOR_COLUMNS = (
-    "predictor",
-    "kind",
-    "tau",
-    "low",
-    "high",
-    "p",
-    "p_holm",
-    "pick",
-    "gain",
-    "gain_low",
-    "gain_high",
-    "gain_p_holm",
-    "n",
-)
+    "predictor", "kind", "tau", "low", "high", "p", "p_holm",
+    "pick", "gain", "gain_low", "gain_high", "gain_p_holm", "n",
+)  # fmt: skip
 FIXED = {"paper": "the published placement", "all": "all blocks", "last": "last block"}
 FREE = ("relative_depth", "blocks_adapted", "fewest_blocks")  # which read no measurement
 

@@ -21,31 +21,11 @@ from vlmlayers.metrics.checks import Array
 from vlmlayers.placement import SAMPLE, ZERO_SHOT
 
 VALIDATION_COLUMNS = (
-    "model",
-    "weights",
-    "dataset",
-    "shots",
-    "seed",
-    "placement",
-    "kind",
-    "comparison",
-    "amount",
-    "vision",
-    "text",
-    "parameters",
-    "base",
-    "novel",
-    "hm",
-    "zero_shot_base",
-    "zero_shot_novel",
-    "n_base",
-    "n_novel",
-    "hm_first_half",
-    "hm_second_half",
-    "changed",
-    "seconds",
-    "warning",
-)
+    "model", "weights", "dataset", "shots", "seed",
+    "placement", "kind", "comparison", "amount", "vision", "text", "parameters",
+    "base", "novel", "hm", "zero_shot_base", "zero_shot_novel", "n_base", "n_novel",
+    "hm_first_half", "hm_second_half", "changed", "seconds", "warning",
+)  # fmt: skip
 SIGNIFICANCE = 0.05  # of tests
 OUTCOMES = ("hm", "base", "novel")
 
