@@ -121,7 +121,7 @@ def train(
             raise UserError(f"there is no {what} to train; name one")
     if save_adapters and out is None:
         raise UserError("train saves adapters beside the cells in out; name it, or leave both out")
-    recipes, depths = _recipes(recipe or (), method, model), backbone_depths(model.clip)
+    recipes, depths = recipes_for(model, method, recipe or ()), backbone_depths(model.clip)
     settings: Sequence[MethodConfig | Recipe] | None = configs and [
         one.fitted(depths) if isinstance(one, Recipe) else one for one in configs
     ]
@@ -178,10 +178,14 @@ def tell_of_choice(
     return told
 
 
-def _recipes(
-    given: Sequence[Recipe | str | Path], methods: Sequence[str], model: VLM
+def recipes_for(
+    model: VLM, methods: Sequence[str], given: Sequence[Recipe | str | Path]
 ) -> list[Recipe]:
-    """Return one recipe per method: those given, or what a name stands for."""
+    """Return one recipe per method at a model's blocks: those given, or what a name stands for.
+
+    Raises:
+        UserError: A name is unknown, several are given, or recipes are of other methods.
+    """
     depths = backbone_depths(model.clip)
     recipes = [one.fitted(depths) for one in given if isinstance(one, Recipe)]
     if given and len(recipes) == len(given):

@@ -23,15 +23,9 @@ from vlmadapters.clip.products import timed_products
 from vlmadapters.clip.towers import backbone_depths
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.protocols.train import Datasets, Model
+from vlmadapters.protocols.train import Datasets, Model, recipes_for
 from vlmadapters.training import processes
-from vlmadapters.training.recipes import (
-    IN_RECIPE,
-    Recipe,
-    check_methods,
-    default_recipe,
-    load_recipe,
-)
+from vlmadapters.training.recipes import IN_RECIPE, Recipe
 from vlmadapters.validation.candidates import (
     check_searchable,
     crossed,
@@ -135,13 +129,9 @@ def search(
     """
     asked = validated(SearchOptions, options, "search")
     depths = backbone_depths(model.clip)
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe or default_recipe(model.name, method), method, depths)
-    else:
-        check_methods([recipe], [method])
-        recipe = recipe.fitted(depths)
-    check_searchable(recipe.method)
-    default = recipe.changed({"shots": asked.shots}, {})
+    (made,) = recipes_for(model, [method], () if recipe is None else [recipe])
+    check_searchable(made.method)
+    default = made.changed({"shots": asked.shots}, {})
     rates = tried_amounts(default, asked.given_amounts)
     placements = tried_placements(default, depths, asked.placement)
     seeds = list(asked.seeds)
