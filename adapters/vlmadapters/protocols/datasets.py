@@ -13,7 +13,6 @@ from vlmadapters.data.task import TaskData, places
 from vlmadapters.protocols.table import Protocol
 from vlmadapters.protocols.trained import Target
 from vlmadapters.training import processes
-from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest, distinct
 
 LOG = logging.getLogger(__name__)
@@ -111,13 +110,9 @@ class Datasets:
         own = [(source, split) for split in sorted({*drawn, self.split})]
         return own + [(name, self.split) for name in self.targets if name != source]
 
-    def identity(self, name: str, split: str) -> DataIdentity:
-        """Return the identity of a split."""
-        return self[name].identity(split)
-
     def hashes(self, parts: Iterable[tuple[str, str]]) -> dict[str, dict[str, str]]:
         """Return what identifies some splits, by dataset and split."""
         found: dict[str, dict[str, str]] = {}
         for name, split in parts:
-            found.setdefault(name, {})[split] = self.identity(name, split).hash
+            found.setdefault(name, {})[split] = self[name].identity(split).hash
         return found

@@ -170,8 +170,9 @@ class Experiment:
         self._check_configs(recipes, sources)
         self._tell_differing(recipes, sources)
         self.datasets.check(sources)
-        for pair in {pair: None for one in sources for pair in self.datasets.read(one)}:
-            self.cells.see(*pair, self.datasets.identity(*pair), self.datasets[pair[0]].drawn_by)
+        for name, split in {pair: None for one in sources for pair in self.datasets.read(one)}:
+            data = self.datasets[name]
+            self.cells.see(name, split, data.identity(split), data.drawn_by)
 
     def _all_cells(
         self, sources: Sequence[str], seeds: Sequence[int], recipes: Sequence[Recipe], together: int

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.models.load import build_clip
+from vlmlayers.models.build import build_clip
 from vlmlayers.models.recording import probe
 from vlmlayers.models.towers import Tower, find_text, find_vision
 from vlmlayers.progress import track
