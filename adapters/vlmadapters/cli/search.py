@@ -63,14 +63,7 @@ def search(
     loaded = load_backbone(model, weights, device)
     if depths_of(loaded) != depths_of(model):  # from which blocks may follow
         (made,) = read_recipes(recipe, values, [method], loaded)
-    found = run(
-        loaded,
-        datasets,
-        recipe=made,
-        out=out,
-        root=data_root,
-        **dict(options),
-    )
+    found = run(loaded, datasets, recipe=made, out=out, root=data_root, **dict(options))
     typer.echo(_text(found, out))
     Run(out).finish("search")
 

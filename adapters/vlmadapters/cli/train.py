@@ -25,15 +25,7 @@ from vlmadapters.methods import METHODS
 from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.protocols.table import protocol_of
 from vlmlayers.arguments import taken
-from vlmlayers.cli.options import (
-    DataRoot,
-    Device,
-    Model,
-    named,
-    repeated,
-    several,
-    with_options,
-)
+from vlmlayers.cli.options import DataRoot, Device, Model, named, repeated, several, with_options
 from vlmlayers.errors import UserError, check_one_of, no_file
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.options import parse_settings
@@ -55,10 +47,7 @@ def train(
         Path, typer.Option(help="Folder of cells, adapters and results.csv.", file_okay=False)
     ],
     weights: WeightsOptions,
-    target: Annotated[
-        list[str] | None,
-        several("Dataset tested by transfer."),
-    ] = None,
+    target: Annotated[list[str] | None, several("Dataset tested by transfer.")] = None,
     method: Annotated[
         list[str] | None, several("Method, with its own recipe; mma where absent.")
     ] = None,
@@ -160,8 +149,7 @@ def evaluate(
         ),
     ] = None,
     kind: Annotated[
-        list[str] | None,
-        several("Classes tested: all, base or novel; all where absent."),
+        list[str] | None, several("Classes tested: all, base or novel; all where absent.")
     ] = None,
     method: Annotated[
         str | None,

@@ -17,12 +17,7 @@ def _validate(context: Any, part: ValidatePart, given: dict[str, Any]) -> None:
     """Write `validation*` into the run folder."""
     from vlmadapters.validation.validate import validate as library
 
-    found = library(
-        choice=context.choice,
-        scores=context.scores,
-        seed=context.seed,
-        **given,
-    )
+    found = library(choice=context.choice, scores=context.scores, seed=context.seed, **given)
     asked = part.model_dump(exclude_unset=True)
     if part.datasets is not None:  # a verb does not look for them under the data root
         asked["datasets"] = [context.dataset_name(name) for name in part.datasets]

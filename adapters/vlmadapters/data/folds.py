@@ -51,10 +51,7 @@ class Fold(TaskData):
         drawn_by: str,
     ) -> None:
         super().__init__(
-            replace(data.manifest, name=name),
-            data.model,
-            data.root,
-            descriptions=data.descriptions,
+            replace(data.manifest, name=name), data.model, data.root, descriptions=data.descriptions
         )
         self.origin, self.apart, self.held_out = data.origin, apart, held_out
         self.drawn_by = drawn_by

@@ -177,11 +177,7 @@ def some_prompts(state: State, rows: Tensor) -> State:
         rows: Numbers of prompts, (row,).
     """
     assert state.x is not None
-    note = replace(
-        state.note,
-        index=state.note.index[rows],
-        positional=state.note.positional[rows],
-    )
+    note = replace(state.note, index=state.note.index[rows], positional=state.note.positional[rows])
     return replace(state, inputs=state.inputs[rows], x=state.x[rows], note=note)
 
 

@@ -81,9 +81,7 @@ class Described:
         x = self.prompts.x
         rows = placed(rows, self.prompts.inputs.device)
         return replace(
-            self.prompts,
-            inputs=self.prompts.inputs[rows],
-            x=None if x is None else x[rows],
+            self.prompts, inputs=self.prompts.inputs[rows], x=None if x is None else x[rows]
         )
 
     def rows(self, classes: Tensor, description: Tensor) -> Tensor:

@@ -98,10 +98,7 @@ class Evaluator:
         return features
 
     def answers(
-        self,
-        images: Images,
-        items: Sequence[Item],
-        cases: Sequence[Case],
+        self, images: Images, items: Sequence[Item], cases: Sequence[Case]
     ) -> list[Answers]:
         """Return what every case predicts of every item, labelled as the case's task has them.
 

@@ -30,13 +30,7 @@ from vlmadapters.protocols.cells import ADAPTERS, Cell, CellFolder, Rows
 from vlmadapters.protocols.datasets import Datasets
 from vlmadapters.protocols.evaluate import Case, Evaluator
 from vlmadapters.protocols.identities import Identities
-from vlmadapters.protocols.results import (
-    COLUMNS,
-    KEY,
-    UNMOVED,
-    UNMOVED_FIT,
-    method_fields,
-)
+from vlmadapters.protocols.results import COLUMNS, KEY, UNMOVED, UNMOVED_FIT, method_fields
 from vlmadapters.protocols.table import protocol_of
 from vlmadapters.protocols.trained import result_row
 from vlmadapters.protocols.zero_shot import ZeroShot

@@ -101,11 +101,7 @@ def view_bytes(backbone: Backbone, views: int, starts: Sequence[int]) -> int:
 
 
 def check_memory(
-    backbone: Backbone,
-    methods: Sequence[Method],
-    task: Task,
-    batch_size: int,
-    kept: int = 0,
+    backbone: Backbone, methods: Sequence[Method], task: Task, batch_size: int, kept: int = 0
 ) -> None:
     """Raise a UserError where a training step would not fit into memory.
 

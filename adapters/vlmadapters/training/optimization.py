@@ -39,11 +39,7 @@ def new_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch
             capturable=bool(train.cuda_graph),
         )
     sgd = torch.optim.SGD(
-        made,
-        lr=train.lr,
-        momentum=train.momentum,
-        weight_decay=train.weight_decay,
-        fused=fused,
+        made, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, fused=fused
     )
     if fused and train.momentum:
         # The fused kernel makes them uninitialised, and leaves them so where it skips the first

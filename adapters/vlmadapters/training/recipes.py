@@ -13,15 +13,7 @@ from vlmadapters.data.augmentation import Augmentation
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.config import VIT_B_16, MethodConfig, placements_of
 from vlmlayers.architectures import miniature_of
-from vlmlayers.arguments import (
-    PRECISIONS,
-    Count,
-    Natural,
-    NotNegative,
-    Positive,
-    Share,
-    checked,
-)
+from vlmlayers.arguments import PRECISIONS, Count, Natural, NotNegative, Positive, Share, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import files_beside, read_toml
 from vlmlayers.placement import Amount, Placement

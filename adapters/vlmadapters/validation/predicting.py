@@ -18,13 +18,7 @@ from numpy.typing import NDArray
 from vlmadapters.validation.means import DIGITS, Mean, mean_correlation, no_interval
 from vlmadapters.validation.ranking import LEAST_RANKED, holm
 from vlmadapters.validation.repeatability import ROUNDING, Cells, permuted, signs
-from vlmadapters.validation.verdict import (
-    SIGNIFICANCE,
-    Array,
-    bracketed,
-    outcomes,
-    with_zero_shot,
-)
+from vlmadapters.validation.verdict import SIGNIFICANCE, Array, bracketed, outcomes, with_zero_shot
 from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
 from vlmlayers.positions import TOWERS
 from vlmlayers.words import counted

@@ -23,11 +23,7 @@ LEAST_RANKED = 3  # placements
 
 
 def rank_correlation(
-    table: pd.DataFrame,
-    predicted: pd.DataFrame,
-    *,
-    draws: int = 1000,
-    seed: int = 0,
+    table: pd.DataFrame, predicted: pd.DataFrame, *, draws: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """Return Kendall's τ-b between predicted placement scores and trained harmonic means.
 

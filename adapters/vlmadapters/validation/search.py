@@ -255,12 +255,7 @@ def _answer(race: Race, recipe: Recipe) -> dict[str, Any]:
         "runner_up": second,
         "difference": beside.get(pick),
         "runner_up_difference": beside.get(second),
-        "to_zero_shot": {
-            "setting": pick,
-            "adapt": adapt,
-            "criterion": judged,
-            **plain.to_dict(),
-        },
+        "to_zero_shot": {"setting": pick, "adapt": adapt, "criterion": judged, **plain.to_dict()},
         "heats": [heat.to_dict() for heat in race.heats],
         "mean_differences": order,
     }

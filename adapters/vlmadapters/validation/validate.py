@@ -216,11 +216,7 @@ def _recipe(
 
 
 def _competitors(
-    model: Any,
-    method: MethodConfig,
-    choice: Any,
-    asked: ValidateOptions,
-    seed: int,
+    model: Any, method: MethodConfig, choice: Any, asked: ValidateOptions, seed: int
 ) -> list[Competitor]:
     chosen = chosen_placement(method, choice)
     depths = backbone_depths(model.clip)

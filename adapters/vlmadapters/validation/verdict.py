@@ -319,10 +319,7 @@ def verdict(table: pd.DataFrame, chosen: str, reference: str, *, seed: int = 0) 
     if reference == chosen:
         return f"The rule chose the default ({chosen}, harmonic mean {ours:.1f}); {tail}."
     gain = -compared[reference]["difference"]
-    low, high = (
-        -compared[reference]["difference_high"],
-        -compared[reference]["difference_low"],
-    )
+    low, high = (-compared[reference]["difference_high"], -compared[reference]["difference_low"])
     if low > 0:
         did = "did better than"
     elif high < 0:

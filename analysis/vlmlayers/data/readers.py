@@ -97,9 +97,7 @@ def read_jpeg(source: str | os.PathLike[str] | bytes, name: str | None = None) -
 
 
 def _opened(
-    source: str | os.PathLike[str] | bytes,
-    name: str | None,
-    use: Callable[[BinaryIO, str], T],
+    source: str | os.PathLike[str] | bytes, name: str | None, use: Callable[[BinaryIO, str], T]
 ) -> T:
     """Return what `use` makes of an open image file that is not empty, and its name."""
     if isinstance(source, bytes):

@@ -180,12 +180,7 @@ class StoreWriter:
             write_text(file, "\n".join((*kept, "")))
 
     def put(
-        self,
-        tower: str,
-        batch: int,
-        rows: Sequence[int],
-        features: Arrays,
-        bad: Mapping[int, str],
+        self, tower: str, batch: int, rows: Sequence[int], features: Arrays, bad: Mapping[int, str]
     ) -> None:
         """Write one batch and note it in the journal.
 

@@ -12,11 +12,7 @@ from typing import Any
 
 from vlmlayers.arguments import Count, checked
 from vlmlayers.data.names import IMAGE_SUFFIXES, suffix_of
-from vlmlayers.data.shards import (
-    NewSample,
-    index_shard,
-    write_shard,
-)
+from vlmlayers.data.shards import NewSample, index_shard, write_shard
 from vlmlayers.errors import UserError
 from vlmlayers.files import read_json, write_json, write_text
 from vlmlayers.manifests.items import Item

@@ -18,12 +18,7 @@ from vlmlayers.manifests import catalogue
 from vlmlayers.manifests.check import CheckResult, built_in, compare, copies, not_listed
 from vlmlayers.manifests.html import manifest_html
 from vlmlayers.manifests.identify import identify
-from vlmlayers.manifests.items import (
-    SPLITS,
-    Item,
-    balanced_sample,
-    stratified_split,
-)
+from vlmlayers.manifests.items import SPLITS, Item, balanced_sample, stratified_split
 from vlmlayers.manifests.layouts import Layout, layout_of
 from vlmlayers.manifests.layouts.builtin import dataset, split_and_index
 from vlmlayers.manifests.layouts.huggingface import is_stored, stored_image
@@ -298,13 +293,7 @@ class Manifest:
 
     @checked
     def sample(
-        self,
-        split: str,
-        n: Count,
-        seed: Seed = 0,
-        root: Root = None,
-        *,
-        present_only: bool = False,
+        self, split: str, n: Count, seed: Seed = 0, root: Root = None, *, present_only: bool = False
     ) -> list[Item]:
         """Return up to `n` items of a split, balanced over classes, in the split's order.
 

@@ -82,11 +82,7 @@ def bytes_per_image(shapes: Shapes) -> int:
 
 
 def stream_bytes(
-    vision: Shapes,
-    text: Shapes,
-    classes: int,
-    sample: int = SAMPLE,
-    captions: bool = True,
+    vision: Shapes, text: Shapes, classes: int, sample: int = SAMPLE, captions: bool = True
 ) -> int:
     """Return what streaming keeps of a dataset, whatever its size.
 

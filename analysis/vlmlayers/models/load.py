@@ -332,11 +332,7 @@ def _sides(image_size: int | Sequence[int] | None) -> ImageSize | None:
 
 
 def _known(
-    source: _Source,
-    tag: str | None,
-    weights: Checkpoint | None,
-    like: str | None,
-    stated: set[str],
+    source: _Source, tag: str | None, weights: Checkpoint | None, like: str | None, stated: set[str]
 ) -> Mapping[str, Any]:
     """Return what is known of preprocessing, after the activation was compared."""
     if tag is not None:

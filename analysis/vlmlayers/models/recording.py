@@ -151,10 +151,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        tower: Tower,
-        spaces: Sequence[str] = ("native", "joint"),
-        pooling: str | None = None,
+        self, tower: Tower, spaces: Sequence[str] = ("native", "joint"), pooling: str | None = None
     ) -> None:
         for space in spaces:
             check_space(space)

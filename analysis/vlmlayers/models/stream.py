@@ -22,12 +22,7 @@ from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import BOTH_TOWERS, check_streamable
 from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.features.store import (
-    DamagedStore,
-    read_record,
-    refuse_other_identity,
-    write_record,
-)
+from vlmlayers.features.store import DamagedStore, read_record, refuse_other_identity, write_record
 from vlmlayers.files import atomically, take_lock, writing
 from vlmlayers.identity import DATA, DataIdentity
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
-from vlmlayers.positions import (
-    ATTENTION,
-    EMBED,
-    JOINT,
-    PROJ,
-    TOKENS,
-    tower_positions,
-)
+from vlmlayers.positions import ATTENTION, EMBED, JOINT, PROJ, TOKENS, tower_positions
 
 Apply = Callable[[Tensor], Tensor]
 

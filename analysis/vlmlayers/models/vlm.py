@@ -149,11 +149,7 @@ class VLM:
         return tokens_mark(self.tokenize, texts, context)
 
     def adapt(
-        self,
-        attached: AbstractContextManager[Any],
-        words: str,
-        digest: str,
-        trained_on: str = "",
+        self, attached: AbstractContextManager[Any], words: str, digest: str, trained_on: str = ""
     ) -> None:
         """Attach an adapter for as long as this object lives, and say so in weights and hash.
 

@@ -10,12 +10,7 @@ from typing import Any
 from vlmlayers.errors import UserError
 from vlmlayers.files import file_stamp
 from vlmlayers.manifests.items import SPLITS, Item, listed_path
-from vlmlayers.manifests.layouts.base import (
-    Layout,
-    checked_name,
-    expect_hash,
-    names_by_label,
-)
+from vlmlayers.manifests.layouts.base import Layout, checked_name, expect_hash, names_by_label
 from vlmlayers.manifests.place import read_text
 
 Lists = dict[str, tuple[Item, ...]]
