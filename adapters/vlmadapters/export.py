@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
 from vlmadapters.device import own_modes
-from vlmadapters.files import OURS, load_method, read_info, save_whole, write_tensors
+from vlmadapters.files import load_method, read_info, save_whole, write_tensors
 from vlmadapters.methods.base import Method
-from vlmadapters.methods.config import UNMERGED
+from vlmadapters.methods.config import OURS, UNMERGED
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.models.vlm import VLM

@@ -24,14 +24,13 @@ from vlmadapters.data.task import Task
 from vlmadapters.device import own_modes
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Method
-from vlmadapters.methods.config import MethodConfig
+from vlmadapters.methods.config import OURS, MethodConfig
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import atomically, checksum, write_text
 from vlmlayers.models.checkpoints import BROKEN, torch_content
 from vlmlayers.models.vlm import shared_structure
 
 LOG = logging.getLogger(__name__)
-OURS = ".safetensors"  # other names are the authors' layouts
 FORMAT = "vlmadapters-3"
 
 

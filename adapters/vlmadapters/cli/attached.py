@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmadapters.methods import METHODS
+from vlmadapters.methods.config import OURS
 from vlmlayers.errors import UserError, no_file
 from vlmlayers.files import file_checksum
 
@@ -40,7 +41,7 @@ class Attach:
             UserError: The file cannot be read, belongs to another backbone or method, or an adapter
                 is attached.
         """
-        from vlmadapters.files import OURS, load_trained, read_info  # bring torch
+        from vlmadapters.files import load_trained, read_info  # bring torch
 
         path = Path(path)
         if not path.is_file():

@@ -22,6 +22,7 @@ from vlmadapters.cli.inputs import (
 )
 from vlmadapters.data.options import DataOptions
 from vlmadapters.methods import METHODS
+from vlmadapters.methods.config import OURS
 from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.protocols.table import protocol_of
 from vlmlayers.arguments import taken
@@ -32,7 +33,6 @@ from vlmlayers.options import parse_settings
 from vlmlayers.placement import CHOICE
 from vlmlayers.prompts import TEMPLATE, Template
 
-OURS = ".safetensors"
 LOG = logging.getLogger(__name__)
 
 

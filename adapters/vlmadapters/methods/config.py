@@ -13,6 +13,7 @@ from vlmlayers.positions import TOWERS
 
 # Blocks per tower of the backbone that public recipes and checkpoints are for.
 VIT_B_16 = {"vision": 12, "text": 12}
+OURS = ".safetensors"  # ends the files of trained methods; others are of the authors' layouts
 # Why most methods cannot be exported as weights of the backbone, after their title.
 UNMERGED = "computes beside the backbone's weights, and cannot be merged into them"
 

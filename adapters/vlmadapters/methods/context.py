@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from vlmadapters.clip.frozen import Backbone, climb
 from vlmadapters.clip.walk import State
-from vlmadapters.methods.configs import PLACEHOLDER, ContextConfig, split_words
+from vlmadapters.methods.configs import PLACEHOLDER, ClassAt, ContextConfig, split_words
 from vlmlayers.errors import UserError, check_one_of
 
-CLASS_AT = ("end", "middle", "front")
+CLASS_AT: tuple[str, ...] = get_args(ClassAt)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from shutil import rmtree
 from typing import Any
 
 from vlmadapters.clip.products import adopt_products, timed_products
-from vlmadapters.files import OURS
+from vlmadapters.methods.config import OURS
 from vlmadapters.training import processes
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import differing_field, record_checksum
