@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.features.writer import TowerPlan
+from vlmlayers.features.writer import StoreWriter, TowerPlan
 from vlmlayers.models.recording import Features
-
-
-class Sink(Protocol):
-    """Where batches go."""
-
-    done: dict[str, set[int]]
-
-    def put(
-        self,
-        tower: str,
-        batch: int,
-        rows: Sequence[int],
-        features: Features,
-        bad: Mapping[int, str],
-    ) -> None:
-        """Take the features of one batch."""
 
 
 class MemorySink:
@@ -84,3 +68,6 @@ class MemorySink:
             return found
         total = len(found.tower("vision"))
         return found.take_images([row for row in range(total) if row not in self.bad])
+
+
+Sink = MemorySink | StoreWriter
