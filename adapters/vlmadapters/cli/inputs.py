@@ -12,7 +12,7 @@ import typer
 
 from vlmlayers.architectures import check_model, known_depths, refuse_image_model
 from vlmlayers.arguments import taken
-from vlmlayers.cli.options import repeated
+from vlmlayers.cli.options import named, repeated
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.placement import CHOICE, Placement
@@ -22,6 +22,9 @@ from vlmlayers.prompts import APART
 
 LOG = logging.getLogger(__name__)
 
+TrainedOn = Annotated[
+    list[str], named("Datasets trained on: names, image folders, tables or TOML files.")
+]
 Method = Annotated[str, typer.Option(help="Method to train, as in mma, maple or coop.")]
 RecipeName = Annotated[
     str | None,

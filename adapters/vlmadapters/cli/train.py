@@ -12,6 +12,7 @@ import typer
 from vlmadapters.cli.inputs import (
     RecipeName,
     Settings,
+    TrainedOn,
     check_blocks,
     check_inputs,
     depths_of,
@@ -40,9 +41,7 @@ LOG = logging.getLogger(__name__)
 def train(
     *,
     model: Model,
-    datasets: Annotated[
-        list[str], named("Datasets trained on: names, image folders, tables or TOML files.")
-    ],
+    datasets: TrainedOn,
     out: Annotated[
         Path, typer.Option(help="Folder of cells, adapters and results.csv.", file_okay=False)
     ],

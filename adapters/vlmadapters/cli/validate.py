@@ -11,13 +11,14 @@ from vlmadapters.cli.inputs import (
     Method,
     RecipeName,
     Settings,
+    TrainedOn,
     check_blocks,
     check_inputs,
     load_backbone,
     read_recipes,
 )
 from vlmadapters.validation.options import ValidateOptions
-from vlmlayers.cli.options import DataRoot, Device, Model, named, with_options
+from vlmlayers.cli.options import DataRoot, Device, Model, with_options
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.options import parse_settings
@@ -32,9 +33,7 @@ SHOWN = 5  # scores whose rank correlation the terminal lists
 def validate(
     *,
     model: Model,
-    datasets: Annotated[
-        list[str], named("Datasets trained on: names, image folders, tables or TOML files.")
-    ],
+    datasets: TrainedOn,
     out: Annotated[
         Path,
         typer.Option(
