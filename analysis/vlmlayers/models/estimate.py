@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vlmlayers.arguments import Natural, checked
 from vlmlayers.errors import UserError, shortened
+from vlmlayers.features.writer import Shapes
 from vlmlayers.metrics.moments import ClassMoments, Moments
 from vlmlayers.models.decoding import decode, decoding_processes
 from vlmlayers.models.devices import memory_errors, resolve_precision
@@ -27,11 +27,10 @@ from vlmlayers.models.nvjpeg import refuse_nvjpeg
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.stream import CHUNK
 from vlmlayers.models.vlm import VLM, LoadedModel
-from vlmlayers.models.work import autocast
+from vlmlayers.models.work import autocast, bytes_per_item
 from vlmlayers.positions import SPACES, TOKENS
 
 SAMPLE = 200  # items of a dataset that streaming keeps where nothing else is said
-Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 ADDED = ["images", "hours", "store_gb", "stream_mb"]
 DECIMALS = {
     "images": 0, "encode": 2, "decode": 2, "write": 3, "add": 3, "hours": 3, "store_gb": 3,
@@ -74,11 +73,6 @@ class Costs:
         model = self.forward + self.add if streaming else self.forward
         busy = self.decode + model if workers == 0 else max(self.decode / workers, model)
         return images * (busy if streaming else max(busy, self.write))
-
-
-def bytes_per_image(shapes: Shapes) -> int:
-    """Return what an image takes in a store, from the shapes of its rows by space and position."""
-    return 4 * sum(prod(shape) for by in shapes.values() for shape in by.values())
 
 
 def stream_bytes(
@@ -166,7 +160,7 @@ def measure_costs(
                 of_text(tokens)
                 spent = min(_timed(lambda: of_text(tokens))[1] for _ in range(repeats))
             forward += each * len(batch) * spent / len(tokens)
-    stored = bytes_per_image(shapes) + round(each * bytes_per_image(texts))
+    stored = bytes_per_item(shapes) + round(each * bytes_per_item(texts))
     flat = [x.reshape(len(x), -1) for by in features.values() for x in by.values()]
     rows = np.concatenate(flat, axis=1)
     classes = len(manifest.class_names(root))
@@ -182,7 +176,7 @@ def measure_costs(
         stream_bytes(kept, texts, classes, captions=captions) if added else 0,
         str(model.device),
         len(batch),
-        _write_seconds(rows, repeats, disk) / len(batch) * stored / bytes_per_image(shapes),
+        _write_seconds(rows, repeats, disk) / len(batch) * stored / bytes_per_item(shapes),
         # Both towers and their pairs are added at the rate of the vision tower.
         _add_seconds(added, classes, joint / own, repeats) / len(batch) if added else 0.0,
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from vlmlayers.data.unreadable import Unreadable
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
-from vlmlayers.features.writer import StoreWriter, TowerPlan, reuse
+from vlmlayers.features.writer import Shapes, StoreWriter, TowerPlan, reuse
 from vlmlayers.files import checksum
 from vlmlayers.identity import DataIdentity
 from vlmlayers.models.decoding import batches_of, decode, decoding_processes
@@ -144,9 +144,7 @@ class Work:
         shapes = recorder.shapes(None if texts is None else texts.to(self.model.device))
         names = recorder.token_names(shapes) if by_token else ()
         if by_token:
-            _refuse_large(
-                4 * sum(prod(s) for by in shapes.values() for s in by.values()), name, ids
-            )
+            _refuse_large(bytes_per_item(shapes), name, ids)
         return TowerPlan(
             recorder.tower.depth,
             recorder.pooling,
@@ -305,6 +303,11 @@ class Work:
                 if recorder.tower.name == "vision":  # texts may have any number of columns
                     recorder.tower.refuse_misfit(batch)
                 raise
+
+
+def bytes_per_item(shapes: Shapes) -> int:
+    """Return what an item takes in a store, from the shapes of its rows by space and position."""
+    return 4 * sum(prod(shape) for by in shapes.values() for shape in by.values())
 
 
 @contextmanager

@@ -17,14 +17,9 @@ import tiny
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models import extract, stream
-from vlmlayers.models.estimate import (
-    Costs,
-    bytes_per_image,
-    estimate,
-    measure_costs,
-    stream_bytes,
-)
+from vlmlayers.models.estimate import Costs, estimate, measure_costs, stream_bytes
 from vlmlayers.models.recording import Recorder
+from vlmlayers.models.work import bytes_per_item
 from vlmlayers.scores.sums import StreamingScores
 
 module = sys.modules[measure_costs.__module__]
@@ -286,7 +281,7 @@ def test_the_table_of_the_documentation_is_what_the_code_foretells():
         image, words = (
             shapes(*map(int, tower.split(" × ")), int(joint)) for tower in (vision, text)
         )
-        assert bytes_per_image(image) == int(size), model
+        assert bytes_per_item(image) == int(size), model
         for shown, count in zip(sizes, (1e5, 1e6, 1e7), strict=True):
             assert float(shown) == pytest.approx(int(size) * count / 1e9, rel=0.011), model
         for kept, paired in ((captions, True), (prompts, False)):
