@@ -146,8 +146,7 @@ def read_json(
 
 def read_toml(path: Path, what: str = "") -> dict[str, Any]:
     """Return the content of a TOML file; see `read_json` for arguments and errors."""
-    content: dict[str, Any] = _parsed(path, tomllib.loads, "TOML", what)
-    return content
+    return _parsed(path, tomllib.loads, "TOML", what)
 
 
 def _parsed(path: Path, parse: Callable[[str], Any], kind: str, what: str, advice: str = "") -> Any:

@@ -231,8 +231,7 @@ def feed_forward(block: Any, x: Tensor, onednn: bool = True, fused: bool = True)
     if fused and isinstance(block.ls_2, nn.Identity) and x.dtype == weight.dtype:
         quick = isinstance(block.mlp.gelu, QuickGELU)
         use = onednn and suits(x, weight)
-        made: Tensor = _FrozenMLP.apply(x, block.ln_2, block.mlp, quick, use)
-        return made
+        return _FrozenMLP.apply(x, block.ln_2, block.mlp, quick, use)
     return feed_normed(block, x, block.ln_2(x), onednn)
 
 

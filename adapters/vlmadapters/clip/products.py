@@ -161,8 +161,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x · weightᵀ + bias` multiplied by oneDNN."""
     # A private operator, which torch's own compiler uses on CPUs. It may change between versions;
     # `has_onednn` compares its result before anything relies on it.
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return made
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:
@@ -213,6 +212,5 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool =
         onednn: Use oneDNN where it suits and is faster.
     """
     if onednn and suits(x, weight):
-        made: Tensor = _FrozenLinear.apply(x, weight, bias)
-        return made
+        return _FrozenLinear.apply(x, weight, bias)
     return F.linear(x, lowered(weight), None if bias is None else lowered(bias))

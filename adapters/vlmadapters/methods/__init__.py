@@ -153,8 +153,7 @@ class Methods(Mapping[str, "type[Method]"]):
     def config(self, name: str) -> type[MethodConfig]:
         """Return the settings class of a method; for those that ship, without importing torch."""
         if name in BUILT_IN and name not in self._registered:
-            found: type[MethodConfig] = _load(f"vlmadapters.methods.{BUILT_IN[name][1]}")
-            return found
+            return _load(f"vlmadapters.methods.{BUILT_IN[name][1]}")
         return self[name].Config
 
 

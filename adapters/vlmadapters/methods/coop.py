@@ -51,8 +51,7 @@ class LearnedContext(Method):
         """Return the tokens that enter a block, the context in its slots."""
         if tower != "text" or str(block) not in self.context:
             return x
-        made: Tensor = state.note.write(x, self.context[str(block)], block)
-        return made
+        return state.note.write(x, self.context[str(block)], block)
 
     def official_names(self) -> dict[str, str]:
         """Return our parameter names to the authors': `ctx`, and `ctx.b` at a later block b."""

@@ -126,8 +126,7 @@ class DeepPrompts(Method):
         vectors = self.vectors(tower, block)
         if tower == "vision":
             return append(x, vectors, block, state)
-        written: Tensor = state.note.write(x, vectors, block)
-        return written
+        return state.note.write(x, vectors, block)
 
     @classmethod
     def is_official_key(cls, key: str) -> bool:

@@ -54,8 +54,7 @@ class IVLP(DeepPrompts):
 
     def vectors(self, tower: str, block: int) -> Tensor:
         """Return the prompts of a chosen block, (prompt, width)."""
-        found: Tensor = getattr(self, tower)[str(block)]
-        return found
+        return getattr(self, tower)[str(block)]
 
     def official_names(self) -> dict[str, str]:
         """Return our parameter names to those of the authors' checkpoints."""

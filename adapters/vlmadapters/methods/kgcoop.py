@@ -61,8 +61,7 @@ class KgCoOp(CoOp):
 
     def class_features(self, backbone: Backbone, classes: Any) -> Tensor:
         """Return joint features of the prompts with context, (class, joint)."""
-        features: Tensor = super().class_features(backbone, classes.prompts)
-        return features
+        return super().class_features(backbone, classes.prompts)
 
     def loss_parts(self, step: Step) -> dict[str, Tensor]:
         """Return cross-entropy and the mean distance to the hand-made features."""

@@ -65,8 +65,7 @@ class MaPLe(DeepPrompts):
     def vectors(self, tower: str, block: int) -> Tensor:
         """Return the prompts of a chosen block, (prompt, width)."""
         source: Tensor = self.prompts[str(block)]
-        projected: Tensor = self.projections[str(block)](source) if tower == "vision" else source
-        return projected
+        return self.projections[str(block)](source) if tower == "vision" else source
 
     def official_names(self) -> dict[str, str]:
         """Return our parameter names to those of the authors' checkpoints."""

@@ -103,8 +103,7 @@ class PromptSRC(IVLP):
 
     def class_features(self, backbone: Backbone, classes: Any) -> Tensor:
         """Return joint features of the prompted classes, (class, joint)."""
-        features: Tensor = super().class_features(backbone, classes.prompts)
-        return features
+        return super().class_features(backbone, classes.prompts)
 
     def loss_parts(self, step: Step) -> dict[str, Tensor]:
         """Return cross-entropy and the three distances to the frozen CLIP."""
@@ -148,8 +147,7 @@ def epoch_weights(epochs: int, centre: float, spread: float) -> list[float]:
     """Return the share of each epoch in the mean: a normal curve over epochs from 1 on."""
     number = torch.arange(1, epochs + 1, dtype=torch.float64)
     # The softmax of the exponents is the Gaussian with a sum of 1, and does not underflow.
-    shares: list[float] = (-(((number - centre) / spread) ** 2) / 2).softmax(0).tolist()
-    return shares
+    return (-(((number - centre) / spread) ** 2) / 2).softmax(0).tolist()
 
 
 def _distance(found: Tensor, frozen: Tensor) -> Tensor:

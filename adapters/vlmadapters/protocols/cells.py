@@ -319,8 +319,7 @@ class CellFolder:
 def _members(folder: Path) -> list[str]:
     """Return the keys of the cells of an unfinished training; none where it does not say."""
     file = folder / MEMBERS
-    keys: list[str] = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else []
-    return keys
+    return json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else []
 
 
 def _named_as(ours: Sequence[Like], theirs: dict[str, Any]) -> dict[str, str] | None:

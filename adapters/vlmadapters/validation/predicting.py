@@ -192,8 +192,7 @@ def _others(values: Array, cells: Cells) -> Array | None:
 
 def _at_best(values: Array, guess: Array) -> Array:
     best: NDArray[Any] = guess.argmax(1)[:, None]
-    found: Array = np.take_along_axis(values, best, 1)[:, 0]
-    return found
+    return np.take_along_axis(values, best, 1)[:, 0]
 
 
 def _taus(values: Array, guess: Array) -> Array:

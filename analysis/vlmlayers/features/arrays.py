@@ -396,8 +396,7 @@ class LayerFeatures:
     @classmethod
     def load(cls, path: str | Path) -> LayerFeatures:
         """Return the features of a store, memory-mapped; see `FeatureStore.open` for errors."""
-        found: LayerFeatures = import_module("vlmlayers.features.store").open_features(path)
-        return found
+        return import_module("vlmlayers.features.store").open_features(path)
 
     def summary(self) -> pd.DataFrame:
         """Return one row per tower and space: items, positions, widths, pooling, megabytes."""

@@ -246,8 +246,7 @@ class _StoredArrays(Mapping[str, NDArray[np.floating]]):
 # The last three are only keys: a store that was replaced is mapped anew.
 @lru_cache(maxsize=64)
 def _mapped(file: str, changed: int, size: int, inode: int) -> NDArray[np.floating]:
-    found: NDArray[np.floating] = np.load(file, mmap_mode="r")
-    return found
+    return np.load(file, mmap_mode="r")
 
 
 def _check_file(file: Path, entry: Mapping[str, Any], verify: bool, folder: Path) -> None:

@@ -87,8 +87,7 @@ class Tokens:
             max_length=self.length,
             return_tensors="pt",
         )
-        ids: Tensor = found["input_ids"]
-        return ids
+        return found["input_ids"]
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,7 @@ def load_folder(folder: Path, random_weights: bool) -> tuple[nn.Module, str]:
 
 
 def _timm(folder: Path, random_weights: bool) -> nn.Module:
-    made: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=not random_weights)
-    return made
+    return timm.create_model(f"local-dir:{folder}", pretrained=not random_weights)
 
 
 @contextmanager

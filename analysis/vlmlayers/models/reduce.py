@@ -124,8 +124,7 @@ def summed(values: NDArray[Any], processes: Processes) -> NDArray[Any]:
     # A copy, since all_reduce writes into what it is given.
     tensor = torch.from_numpy(np.array(values, order="C"))
     distributed.all_reduce(tensor)
-    found: NDArray[Any] = tensor.numpy()
-    return found
+    return tensor.numpy()
 
 
 def _gathered(hashes: NDArray[np.uint64], processes: Processes) -> NDArray[np.uint64]:

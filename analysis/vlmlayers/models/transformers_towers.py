@@ -155,8 +155,7 @@ def _known(part: Any, name: str) -> Any:
 
 def _embedding(output: Any) -> Tensor:
     """Return the joint embedding; transformers before 5 gives it as it is."""
-    found: Tensor = getattr(output, "pooler_output", output)
-    return found
+    return getattr(output, "pooler_output", output)
 
 
 def _end_of_text(end: int) -> Apply:

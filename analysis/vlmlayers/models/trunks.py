@@ -33,8 +33,7 @@ def find_trunk(model: Any) -> Tower:
     if hasattr(model, "forward_head"):
 
         def run(images: Tensor) -> Tensor:
-            found: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
-            return found
+            return model.forward_head(model.forward_features(images), pre_logits=True)
 
         tower = timm_trunk(model, run, pixels(model, _timm_size(model)), same)
     elif _is_dino(model):
@@ -99,8 +98,7 @@ def _timm_stages(trunk: Any, run: Apply, example: Example, head: Apply) -> Tower
     def attend(x: Tensor) -> Tensor:
         for part in after:
             x = x if part is None else part(x)
-        found: Tensor = trunk.forward_head(x, pre_logits=True)
-        return found
+        return trunk.forward_head(x, pre_logits=True)
 
     return Tower(
         name="vision",
@@ -165,13 +163,11 @@ def _transformers(model: Any) -> Tower:
     def run(images: Tensor) -> Tensor:
         found = model(pixel_values=images)
         if not token:
-            mean: Tensor = found.last_hidden_state.mean(1)
-            return mean
+            return found.last_hidden_state.mean(1)
         # A pooler of the classification that a model was made for is no part of its features.
         learned = getattr(model, "pooler", None) is not None
         pooled: Tensor | None = None if learned else getattr(found, "pooler_output", None)
-        own: Tensor = found.last_hidden_state[:, 0] if pooled is None else pooled
-        return own
+        return found.last_hidden_state[:, 0] if pooled is None else pooled
 
     return Tower(
         name="vision",

@@ -78,8 +78,7 @@ class Work:
     @cached_property
     def data(self) -> DataIdentity:
         """The items as they lie on the disk when the work begins."""
-        found: DataIdentity = self.manifest.identity(self.items, self.options.root)
-        return found
+        return self.manifest.identity(self.items, self.options.root)
 
     def in_memory(self, header: Mapping[str, Any], identity: Mapping[str, Any]) -> LayerFeatures:
         """Return features held in memory."""

@@ -84,5 +84,4 @@ def add_branch(out: Tensor, u: Tensor, scale: float, *parameters: Tensor) -> Ten
         scale: The factor α.
         *parameters: Weight and bias of the linear maps down, shared and up.
     """
-    made: Tensor = _Branch.apply(out, u, scale, *parameters)
-    return made
+    return _Branch.apply(out, u, scale, *parameters)
