@@ -191,8 +191,7 @@ def _others(values: Array, cells: Cells) -> Array | None:
 
 
 def _at_best(values: Array, guess: Array) -> Array:
-    best: NDArray[Any] = guess.argmax(1)[:, None]
-    return np.take_along_axis(values, best, 1)[:, 0]
+    return np.take_along_axis(values, guess.argmax(1)[:, None], 1)[:, 0]
 
 
 def _taus(values: Array, guess: Array) -> Array:

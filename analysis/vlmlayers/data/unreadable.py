@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vlmlayers.errors import DataFault
@@ -55,8 +54,3 @@ class Unreadable:
 def reason(path: str, error: Exception) -> str:
     """Return an item's path and why it cannot be read, in one line."""
     return f"{path} ({' '.join(str(error).split())})"
-
-
-def by_row(recorded: Mapping[str, str]) -> Unreadable:
-    """Return what a JSON record says of unreadable images."""
-    return Unreadable({int(row): why for row, why in recorded.items()})

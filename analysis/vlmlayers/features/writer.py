@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmlayers.data.unreadable import by_row
+from vlmlayers.data.unreadable import Unreadable
 from vlmlayers.errors import UserError
 from vlmlayers.features.arrays import LayerFeatures
 from vlmlayers.features.store import (
@@ -437,7 +437,8 @@ def reuse(
     shutil.rmtree(partial_folder(folder), ignore_errors=True)
     found = FeatureStore.open(folder)
     total = len(found.vision or ()) + len(record["skipped"])
-    by_row(record["skipped"]).settle(record["dataset"], total, skip=True)
+    left_out = Unreadable({int(row): why for row, why in record["skipped"].items()})
+    left_out.settle(record["dataset"], total, skip=True)
     return found
 
 

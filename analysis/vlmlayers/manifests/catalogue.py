@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vlmlayers.data import builtin
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.files import shipped
-from vlmlayers.manifests.layouts import builtin
+from vlmlayers.manifests.layouts.builtin import code_hash
 from vlmlayers.manifests.layouts.folder import split_folders
 from vlmlayers.manifests.layouts.huggingface import METADATA, holds_tables
 from vlmlayers.manifests.layouts.table import READERS
@@ -87,7 +88,7 @@ def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
 
 
 def _builtin_spec(name: str) -> Spec:
-    data = builtin.dataset(name)
+    data = builtin.get(name)
     scans = name == "digits"
     return Spec(
         title=data.title,
@@ -100,7 +101,7 @@ def _builtin_spec(name: str) -> Spec:
         if scans
         else "",
         get=("nothing to get: it comes with the Python packages",),
-        note=f"drawn by code {builtin.code_hash()}",
+        note=f"drawn by code {code_hash()}",
     )
 
 

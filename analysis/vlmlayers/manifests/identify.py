@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from vlmlayers.files import file_checksum
@@ -43,7 +43,7 @@ def identify(
 
 def _marks(place: Place, content: bool) -> Callable[[str], str]:
     """Return the function that gives the mark of an item's path."""
-    mark, folder = _content_mark if content else _file_mark, place.images
+    mark, folder = partial(_mark, content), place.images
     if place.spec.layout == "builtin":
         drawn = f"drawn {code_hash()}"
         return lambda path: drawn
@@ -65,16 +65,11 @@ def _marks(place: Place, content: bool) -> Callable[[str], str]:
     return of_file
 
 
-def _file_mark(file: Path) -> str:
+def _mark(content: bool, file: Path) -> str:
     try:
+        if content:
+            return file_checksum(file)
         status = file.stat()
     except OSError:
         return ABSENT
     return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _content_mark(file: Path) -> str:
-    try:
-        return file_checksum(file)
-    except OSError:
-        return ABSENT

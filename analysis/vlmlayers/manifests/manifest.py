@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmlayers.arguments import Count, Seed, checked
+from vlmlayers.data import builtin
 from vlmlayers.errors import NotJPEG, UserError, check_one_of
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import catalogue
@@ -20,7 +21,7 @@ from vlmlayers.manifests.html import manifest_html
 from vlmlayers.manifests.identify import identify
 from vlmlayers.manifests.items import SPLITS, Item, balanced_sample, stratified_split
 from vlmlayers.manifests.layouts import Layout, layout_of
-from vlmlayers.manifests.layouts.builtin import dataset, split_and_index
+from vlmlayers.manifests.layouts.builtin import split_and_index
 from vlmlayers.manifests.layouts.huggingface import is_stored, stored_image
 from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.place import MissingData, Place, data_root
@@ -352,7 +353,7 @@ class Manifest:
         from vlmlayers.data.readers import note_range, open_image
 
         if self.layout == "builtin":
-            drawn, (split, index) = dataset(self.name), split_and_index(item)
+            drawn, (split, index) = builtin.get(self.name), split_and_index(item)
             return drawn.image(split, index, **({} if size is None else {"size": size}))
         image = open_image(*self.encoded(item, root), at_least=size if reduced else None)
         note_range(self.name, image, item.path)

@@ -82,7 +82,7 @@ def build_clip(
     place = resolve_device(device)
     if image_size is not None:
         settings["vision_cfg"]["image_size"] = image_size
-    with text_config_offline(settings) as hugging_face, _quiet():
+    with text_config_offline(settings) as hugging_face, quiet():
         # timm would download weights of the trunk, which are overwritten in any case.
         settings["vision_cfg"]["timm_model_pretrained"] = False
         kind: Any = CustomTextCLIP if custom or hugging_face else CLIP
@@ -132,9 +132,9 @@ def _fill_decoder(clip: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's advice about weights on the root logger while a model is built."""
-    logger = logging.getLogger()
+def quiet(name: str | None = None) -> Iterator[None]:
+    """Silence a library, or what logs at the root, but for its errors."""
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

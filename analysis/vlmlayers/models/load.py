@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from vlmlayers.architectures import (
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of, first_cause, one_line
 from vlmlayers.files import HUB, hub_folder
-from vlmlayers.models.build import ImageSize, build_clip, read_config
+from vlmlayers.models.build import ImageSize, build_clip, quiet, read_config
 from vlmlayers.models.checkpoints import Checkpoint, load_checkpoint, read_checkpoint
 from vlmlayers.models.companions import companions_of
 from vlmlayers.models.devices import memory_errors, resolve_device
@@ -389,13 +388,11 @@ def _refuse_impossible(model: VLM, image_size: ImageSize | None) -> None:
 
 
 def _download(name: str, tag: str) -> str:
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.ERROR)  # it warns of each retry, a dozen lines before the one that counts
     # Offline the hub is tried for most of a minute, for what its cache holds too.
     say(f"fetching weights {tag!r} of {name} from the cache or the hub")
     try:
-        return str(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
+        with quiet("huggingface_hub"):  # it warns of each retry, a dozen lines before what counts
+            return str(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
     # The hub's client and its network libraries share no base of their errors.
     except Exception as error:
         raise UserError(
@@ -403,5 +400,3 @@ def _download(name: str, tag: str) -> str:
             f"({one_line(first_cause(error))}); give a local file (--pretrained FILE, "
             "checkpoint=), or random_weights=True"
         ) from error
-    finally:
-        hub.setLevel(level)

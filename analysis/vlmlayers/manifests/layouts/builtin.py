@@ -6,21 +6,10 @@ from functools import cache
 from pathlib import Path
 
 from vlmlayers.data import builtin
-from vlmlayers.data.builtin.base import BuiltinDataset
 from vlmlayers.files import checksum
 from vlmlayers.manifests.items import SPLITS, Item
 from vlmlayers.manifests.layouts.base import Layout
 from vlmlayers.manifests.place import Place
-
-
-def dataset(name: str) -> BuiltinDataset:
-    """Return a built-in dataset by name."""
-    return builtin.get(name)
-
-
-def names() -> list[str]:
-    """Return the names of the built-in datasets."""
-    return list(builtin.names())
 
 
 @cache
@@ -35,7 +24,7 @@ class BuiltInLayout(Layout):
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
-        self.dataset = dataset(place.name)
+        self.dataset = builtin.get(place.name)
 
     def splits(self) -> tuple[str, ...]:
         """Return the splits that have items."""
@@ -52,7 +41,7 @@ class BuiltInLayout(Layout):
 
 @cache
 def _items(name: str, split: str) -> tuple[Item, ...]:
-    data = dataset(name)
+    data = builtin.get(name)
     labels = [data.label(split, index) for index in range(data.sizes[split])]
     return tuple(
         Item(f"{split}/{i:06d}", label, data.class_names[label], (data.caption(split, i),))
