@@ -78,8 +78,7 @@ class Backbone:
         """Return token ids of texts, (text, token), on the backbone's device."""
         if self.tokenizer is None:
             raise UserError("this backbone has no tokenizer; pass the model's to Backbone")
-        made: Tensor = self.tokenizer(list(texts))
-        return made.to(self.device)
+        return self.tokenizer(list(texts)).to(self.device)
 
     def prompts(self, tokens: Tensor, starts: Iterable[int], margin: int = 0) -> dict[int, State]:
         """Return the frozen state of texts at each of the blocks asked for.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.training.recipes import Recipe
@@ -143,5 +142,4 @@ def _rate(setting: Recipe) -> tuple[str, float]:
 
 def _by(setting: Recipe, amount: Amount) -> Recipe:
     """Return a setting at its own blocks by another amount."""
-    place: Any = Placement(setting.method.vision, setting.method.text, amount)
-    return setting.at(place)
+    return setting.at(Placement(setting.method.vision, setting.method.text, amount))
