@@ -17,12 +17,11 @@ from vlmlayers.errors import UserError
 from vlmlayers.files import read_json, write_json, write_text
 from vlmlayers.manifests.items import Item
 from vlmlayers.manifests.manifest import Manifest
+from vlmlayers.manifests.place import Root
 from vlmlayers.progress import track
 from vlmlayers.runs import fingerprint
 
 NOTE = ".conversion.json"
-
-Root = str | os.PathLike[str] | None
 
 
 @checked

@@ -24,7 +24,7 @@ from vlmlayers.manifests.layouts import Layout, layout_of
 from vlmlayers.manifests.layouts.builtin import split_and_index
 from vlmlayers.manifests.layouts.huggingface import is_stored, stored_image
 from vlmlayers.manifests.layouts.table import READERS
-from vlmlayers.manifests.place import MissingData, Place, data_root
+from vlmlayers.manifests.place import MissingData, Place, Root, data_root
 from vlmlayers.manifests.schema import Spec
 from vlmlayers.progress import track
 from vlmlayers.prompts import alike, class_prompts
@@ -33,7 +33,6 @@ from vlmlayers.runs import is_first_process
 if TYPE_CHECKING:
     from PIL import Image
 
-Root = str | os.PathLike[str] | None
 LOG = logging.getLogger(__name__)
 _SHOWN = 3  # missing files that are named
 

@@ -14,6 +14,7 @@ from vlmlayers.files import file_checksum, file_stamp
 from vlmlayers.manifests.items import checked_path, is_there
 from vlmlayers.manifests.schema import Spec
 
+Root = str | os.PathLike[str] | None  # the data root; None looks for it, as `data_root` says
 DATA_VARIABLE = "VLMLAYERS_DATA"
 LARGEST_LIST = 300_000_000  # bytes; CoOp's layout for all of ImageNet takes about 130 MB
 
@@ -26,7 +27,7 @@ class AlteredData(UserError):
     """A file differs from the one that the manifest was written for."""
 
 
-def data_root(root: str | os.PathLike[str] | None = None) -> Path:
+def data_root(root: Root = None) -> Path:
     """Return the data root: the argument, else `VLMLAYERS_DATA`, else `data` in this folder."""
     chosen = root or os.environ.get(DATA_VARIABLE) or "data"
     return Path(chosen).expanduser()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlmlayers.arguments import checked
 from vlmlayers.manifests.items import SPLITS
 from vlmlayers.manifests.manifest import Manifest
+from vlmlayers.manifests.place import Root
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Root = str | os.PathLike[str] | None
 
 
 @checked
