@@ -16,7 +16,7 @@ from vlmlayers.data import builtin
 from vlmlayers.errors import NotJPEG, UserError, check_one_of
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import catalogue
-from vlmlayers.manifests.check import CheckResult, built_in, compare, copies, not_listed
+from vlmlayers.manifests.check import SHOWN, CheckResult, built_in, compare, copies, not_listed
 from vlmlayers.manifests.html import manifest_html
 from vlmlayers.manifests.identify import identify
 from vlmlayers.manifests.items import SPLITS, Item, balanced_sample, stratified_split
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LOG = logging.getLogger(__name__)
-_SHOWN = 3  # missing files that are named
 
 
 @dataclass(frozen=True)
@@ -279,8 +278,8 @@ class Manifest:
         """
         absent = self.missing(items, root)
         if absent:
-            shown = ", ".join(item.path for item in absent[:_SHOWN])
-            more = ", …" if len(absent) > _SHOWN else ""
+            shown = ", ".join(item.path for item in absent[:SHOWN])
+            more = ", …" if len(absent) > SHOWN else ""
             without = (
                 ", or leave them out with present_only (--present-only)"
                 if len(absent) < len(items)
