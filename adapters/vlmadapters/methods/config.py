@@ -57,12 +57,11 @@ class MethodConfig:
             # As `Placement` holds them, so that settings at equal placements are equal.
             object.__setattr__(self, tower, placed.blocks(tower))
             if placed.blocks(tower) and tower not in self.towers:
-                raise UserError(self._refused_tower(tower))
-
-    def _refused_tower(self, tower: str) -> str:
-        if not self.towers:
-            return self._no_placement()
-        return f"{self.name} acts at no {tower} block; name {self.towers[0]} blocks only"
+                raise UserError(
+                    f"{self.name} acts at no {tower} block; name {self.towers[0]} blocks only"
+                    if self.towers
+                    else self._no_placement()
+                )
 
     @classmethod
     def _no_placement(cls) -> str:

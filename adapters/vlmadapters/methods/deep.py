@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,24 +22,6 @@ from vlmlayers.errors import UserError
 # CoOp's, which is also that of CLIP's token embeddings before their training.
 STD = 0.02
 C = TypeVar("C", bound=Any)
-
-
-def prompt_state(
-    backbone: Backbone, names: Sequence[str], words: str, length: int, block: int
-) -> State:
-    """Return the frozen state of class prompts at a block, whose first tokens will be overwritten.
-
-    Args:
-        backbone: The frozen CLIP with its tokenizer.
-        names: Class names.
-        words: Words before the name; empty for placeholders, one for each slot.
-        length: Number of slots.
-        block: Number of the block.
-    """
-    # Words beyond the slots stay frozen between prompts and name, as in MaPLe: with 2 prompts
-    # and "a photo of a" the text goes on with "of a".
-    context = split_words(words) or [PLACEHOLDER] * length
-    return context_state(backbone, *context_prompts(backbone, names, context, length), block)
 
 
 def append(x: Tensor, vectors: Tensor, block: int, state: State) -> Tensor:
@@ -117,7 +99,11 @@ class DeepPrompts(Method):
             return super().prepare(backbone, task)
         start = self.first(backbone, "text")
         length = len(self.vectors("text", start))
-        return prompt_state(backbone, task.class_names, self.config.words, length, start)
+        # Words beyond the slots stay frozen between prompts and name, as in MaPLe: with 2 prompts
+        # and "a photo of a" the text goes on with "of a".
+        words = split_words(self.config.words) or [PLACEHOLDER] * length
+        tokens, slots = context_prompts(backbone, task.class_names, words, length)
+        return context_state(backbone, tokens, slots, start)
 
     def before(self, x: Tensor, tower: str, block: int, state: State) -> Tensor:
         """Return the tokens that enter a block, with the block's prompts among them."""

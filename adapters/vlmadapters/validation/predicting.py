@@ -68,7 +68,8 @@ def judge_predictors(
     rows: list[dict[str, Any]] = []
     if ceiling is not None:
         ranks = _ranks_of_others(values, ceiling, cells, seed)
-        apart = _at_best(values, ceiling) - anchor[:, 0]
+        best = np.take_along_axis(values, ceiling.argmax(1)[:, None], 1)
+        apart = (best - anchor)[:, 0]
         gain = _gain(apart, found.datasets, _stretch(cells))
         rows.append(
             {"predictor": "other cells", "kind": "ceiling", **ranks, "pick": "by cell", **gain}
@@ -188,10 +189,6 @@ def _others(values: Array, cells: Cells) -> Array | None:
     known = len(pairs) > 1 and (weight > 0).all()
     # As outcomes are: sums in another order would rank placements that are equal.
     return ((pairs @ values) / weight).round(DIGITS) if known else None
-
-
-def _at_best(values: Array, guess: Array) -> Array:
-    return np.take_along_axis(values, guess.argmax(1)[:, None], 1)[:, 0]
 
 
 def _taus(values: Array, guess: Array) -> Array:
