@@ -383,7 +383,7 @@ def test_a_recipe_by_name_or_as_loaded_is_searched_at_the_blocks_of_the_model(
     assert [one.label for one in given] == 3 * ["v2-3,t2-3"], "of 12 blocks it is 5 to 12"
     own = {(shared_backbone().name, "coop"): "few-shot"}
     monkeypatch.setattr(
-        "vlmadapters.validation.search.default_recipe", lambda *of: own.get(of, "published")
+        "vlmadapters.protocols.train.default_recipe", lambda *of: own.get(of, "published")
     )
     with pytest.raises(KeyboardInterrupt):
         search(shared_backbone(), [manifest], "coop")
