@@ -63,7 +63,6 @@ class TrainResult:
         config: Its settings.
         losses: Loss of every update.
         seed: Seed of initialisation, order and views.
-        change: Largest change of any parameter, relative to the largest initial value.
         seconds: Time of the whole group's training, over all its runs, divided evenly.
     """
 
@@ -71,7 +70,6 @@ class TrainResult:
     config: MethodConfig
     seed: int
     losses: list[float] = field(default_factory=list)
-    change: float = 0.0
     seconds: float = 0.0
 
 
@@ -83,7 +81,6 @@ class _Training:
     classes: Any
     optimizer: torch.optim.Optimizer | None
     scaler: Any
-    initial: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
     unread: list[Tensor] = field(default_factory=list)  # losses that are still on the device only
 
@@ -218,13 +215,7 @@ class Trainer:
             method = METHODS[config.name].build(config, self.backbone, self.task, self.seed)
         # Loss scaling adapts to one method's gradients, so that no other one changes its steps.
         _, scaler = precision_of(self.train.precision, self.device)
-        return _Training(
-            method,
-            self._prepared(method),
-            self._optimizer(method),
-            scaler,
-            method.official_state_dict(),  # by which the result tells how far training went
-        )
+        return _Training(method, self._prepared(method), self._optimizer(method), scaler)
 
     def _optimizer(self, method: Method) -> torch.optim.Optimizer | None:
         """Return an optimizer of what a method trains; None where that is nothing."""
@@ -267,7 +258,6 @@ class Trainer:
                 with own_draws(run.method.config.name, self.seed, self.device):
                     run.method.fit(self._fit_data(run))
                 run.optimizer = self._optimizer(run.method)
-                run.initial = run.method.official_state_dict()
         if resumed:
             LOG.debug("going on from step %d of %d in %s", done, self.total_steps, self.folder)
         if any(run.optimizer is not None for run in self.runs):
@@ -472,7 +462,7 @@ class Trainer:
         # Views and frozen activations are shared, so that no method has a time of its own.
         share = seconds / len(self.runs)
         return [
-            TrainResult(run.method, run.method.config, self.seed, run.losses, _change(run), share)
+            TrainResult(run.method, run.method.config, self.seed, run.losses, share)
             for run in self.runs
         ]
 
@@ -523,7 +513,7 @@ class Trainer:
                 own = {"param_groups": run.optimizer.state_dict()["param_groups"]}
                 run.optimizer.load_state_dict(saved["optimizer"] | own)  # rates are set each step
             run.scaler.load_state_dict(saved["scaler"])
-            run.losses, run.initial = list(saved["losses"]), saved["initial"]
+            run.losses = list(saved["losses"])
         return True
 
 
@@ -551,15 +541,6 @@ def _saved(run: _Training) -> dict[str, Any]:
     return {
         "method": run.method.state_dict(),
         "losses": run.losses,
-        "initial": run.initial,
         "optimizer": run.optimizer.state_dict() if run.optimizer is not None else {},
         "scaler": run.scaler.state_dict(),
     }
-
-
-def _change(run: _Training) -> float:
-    now = run.method.official_state_dict()
-    moved = [float((now[key] - one.to(now[key])).abs().max()) for key, one in run.initial.items()]
-    # Relative to all parameters: many start at 0, so that none has a size of its own.
-    size = max((float(one.abs().max()) for one in run.initial.values()), default=0.0)
-    return max(moved, default=0.0) / (size or 1.0)

@@ -87,10 +87,9 @@ def test_no_saving_changes_a_loss(on: str, plain: TrainResult) -> None:
         )
 
 
-def test_training_lowers_the_loss_and_says_how_much_it_changed(plain: TrainResult) -> None:
+def test_training_lowers_the_loss() -> None:
     longer = fit(replace(TRAIN, epochs=8, lr=0.3, crop_scale=(0.9, 1.0)))
     assert np.mean(longer.losses[-3:]) < np.mean(longer.losses[:3]) - 0.05
-    assert longer.change > plain.change > 0
 
 
 def test_cached_views_repeat_the_first_epochs_views() -> None:
@@ -182,7 +181,6 @@ def test_a_stopped_training_goes_on_exactly(
     assert resumed.losses == whole.losses
     for key, value in resumed.method.official_state_dict().items():
         assert torch.equal(value, whole.method.official_state_dict()[key])
-    assert resumed.change == whole.change
 
 
 def test_no_state_is_saved_between_the_last_step_of_an_epoch_and_its_end(
@@ -557,7 +555,7 @@ def test_fewer_items_than_a_batch_make_one_batch_of_all(batch_size: int) -> None
     """So that published batches train at few shots, and dropping the last one drops nothing."""
     result = fit(replace(TRAIN, batch_size=batch_size, epochs=3))
     assert len(result.losses) == 3
-    assert result.change > 0
+    assert len(set(result.losses)) > 1
 
 
 def test_methods_on_one_backbone_share_the_features_of_frozen_images(
@@ -721,14 +719,3 @@ def test_a_loss_that_is_no_number_is_placed_in_its_epoch_and_step() -> None:
     made.runs[0].method.loss = lambda step: loss(step) * (np.nan if step.number == at else 1)
     with pytest.raises(UserError, match="became nan in epoch 2, step 2;"):
         made.fit()
-
-
-def test_the_change_is_relative_to_the_largest_initial_value() -> None:
-    made = trainer()
-    before = {name: one.clone() for name, one in made.runs[0].method.named_parameters()}
-    result = made.fit()[0]
-    after = dict(result.method.named_parameters())
-    moved = max(float((after[name] - one).detach().abs().max()) for name, one in before.items())
-    largest = max(float(one.detach().abs().max()) for one in before.values())
-    assert largest > 1.1
-    assert result.change == pytest.approx(moved / largest)
