@@ -63,7 +63,8 @@ def _items(made: Mapping[str, Any], table: pd.DataFrame, name: str) -> dict[str,
     }
     if name == POOLED:
         each = table[table.dataset != POOLED]
-        names = datasets or {f"{one} ({of})" for one, of in zip(each.dataset, each.split)}
+        # What is recorded is of the last extraction alone; features of those before are scored too.
+        names = {*datasets, *(f"{one} ({of})" for one, of in zip(each.dataset, each.split))}
         how = ({"datasets": ", ".join(sorted(names))} if names else {}) | how
     return how
 

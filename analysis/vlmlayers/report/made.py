@@ -80,7 +80,25 @@ def _dataset_tables(answer: Answer) -> list[Table]:
         [name, *(one.get(key) for key in DATASET_HEADINGS.values())]
         for name, one in datasets.items()
     ]
+    for name, split in scored_beside(answer):
+        known = {"title": "scored with the others, of an earlier extraction", "split": split}
+        rows.append([name, *map(known.get, DATASET_HEADINGS.values())])
     return [tabular("Datasets", ["Dataset", *DATASET_HEADINGS], rows)]
+
+
+def scored_beside(answer: Answer) -> list[tuple[str, str]]:
+    """Return datasets and splits that were scored and are not of the run's last extraction.
+
+    Provenance is of that one alone, and features of those before it stay where they are.
+    """
+    recorded = [
+        (one.get("name", name), one.get("split"))
+        for name, one in answer.provenance.get("datasets", {}).items()
+    ]
+    scored = answer.attributes.get("features", {}) if recorded else {}
+    parts = (one.removesuffix(")").rpartition(" (") for one in scored)
+    # None: of a run that did not say of which split its datasets are.
+    return [(n, split) for n, _, split in parts if not {(n, split), (n, None)} & {*recorded}]
 
 
 def _option_tables(answer: Answer) -> list[Table]:

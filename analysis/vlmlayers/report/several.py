@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vlmlayers.placement import describe_blocks
 from vlmlayers.positions import EMBED
-from vlmlayers.report.made import model_table
+from vlmlayers.report.made import model_table, scored_beside
 from vlmlayers.report.numbers import Answer, join
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.tables import Table, tabular, words
@@ -87,7 +87,8 @@ def differences(answers: Sequence[tuple[str, Answer]]) -> Table:
     for index, (_, answer) in enumerate(answers):
         for what, value in model_table(answer).rows:
             facts.setdefault(what, ["–"] * len(answers))[index] = value
-        names = words(sorted(n for n in answer.provenance.get("datasets", {})))
+        beside = (name for name, _ in scored_beside(answer))
+        names = words(sorted({*answer.provenance.get("datasets", {}), *beside}))
         facts.setdefault("Datasets", ["–"] * len(answers))[index] = names
     ordered = sorted(facts.items(), key=lambda item: len(set(item[1])) == 1)
     return tabular(

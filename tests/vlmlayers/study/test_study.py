@@ -582,6 +582,13 @@ def test_scores_name_stores_that_the_last_extraction_did_not_write(
     (warned,) = [line for line in caplog.messages if "of an earlier extraction" in line]
     assert f"{name}-{record['split']} of an earlier" in warned
     assert all(f"{other}-" not in warned.partition(": ")[2] for other, _ in kept)
+    select_run(copy, "threshold", {"metric": "dataset_accuracy_ncm", "agreement_metric": "none"},
+               20, 0)  # fmt: skip
+    write_report(copy, formats=("svg",))
+    shown = (copy / "report.md").read_text().replace("\\", "")  # before marks of Markdown
+    beside = "scored with the others, of an earlier extraction"
+    assert f"| {name} | {beside} | {record['split']} |" in shown
+    assert shown.count(beside) == 1
 
 
 def test_a_seed_of_items_goes_with_a_rule_that_draws_nothing(
