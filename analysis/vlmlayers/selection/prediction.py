@@ -17,7 +17,7 @@ import pandas as pd
 
 from vlmlayers.arguments import Count, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.placement import Placement, parse_blocks
+from vlmlayers.placement import DEEPEST, Placement, parse_blocks
 from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import check_scores, depths
 from vlmlayers.scores.schema import Scores
@@ -190,8 +190,10 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
         values = score_blocks(table, score.block_score, partial=True) if score.block_score else {}
 
     def of(vision: Iterable[int], text: Iterable[int]) -> float:
-        placed = Placement(tuple(vision), tuple(text)).check(blocks)
-        if placed and values and not any(placed.blocks(tower) for tower in values):
+        placed = Placement(tuple(vision), tuple(text))
+        # A table of one tower alone does not say how deep the other one is.
+        placed.check(dict.fromkeys(TOWERS, DEEPEST) | blocks)
+        if placed and not any(placed.blocks(tower) for tower in values or blocks):
             return math.nan  # of a tower on which the score says nothing
         # Means of equal values differ by rounding, which must not rank one placement above another.
         return round(compute(values, dict(zip(TOWERS, placed)), blocks), DIGITS)

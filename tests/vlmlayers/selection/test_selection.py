@@ -382,6 +382,18 @@ def test_a_score_of_one_tower_predicts_nothing_of_the_other() -> None:
     assert np.isfinite(placement_score(scores, [], [5, 6], "mean_accuracy"))
 
 
+def test_scores_of_one_tower_predict_placements_that_name_blocks_of_both() -> None:
+    """As a study of the vision tower does that validates: the published placement has text."""
+    scores = table(curve_rows("dataset_accuracy", "vision", np.linspace(0.5, 0.9, 12)))
+    found = predict(scores, {"both": "v12,t5-12", "text": "t5-12", "none": "v-,t-"})
+    assert {"mean_accuracy", "relative_depth", "blocks_adapted"} <= {*found["score"]}
+    wide = found.pivot(index="score", columns="placement", values="predicted")
+    assert wide.loc["mean_accuracy", "both"] == wide.loc["relative_depth", "both"] == 1
+    assert wide["text"].isna().all() and np.isfinite(wide[["both", "none"]]).all(axis=None)
+    with pytest.raises(UserError, match="vision block 13, but the vision tower has 12 blocks"):
+        predict(scores, {"deep": "v13"})
+
+
 def test_seeds_that_split_the_same_items_make_nothing_surer() -> None:
     """Block 6 lies half an interval above its threshold; its chance to pass is Φ(1)."""
     curve = [0.5] * 5 + [0.71] + [0.9] * 6
