@@ -184,8 +184,11 @@ LoadedModel = Annotated[VLM, Takes("a model, as `load_model` or `wrap_model` giv
 # Settings of modules that change what equal weights compute.
 _SETTINGS = (
     "num_heads", "heads", "eps", "approximate", "pool_type", "global_pool", "final_ln_after_pool",
-    "text_pool_type", "text_eos_id", "eos_id", "eos_token_id",
+    "text_pool_type", "eos_token_id",
 )  # fmt: skip
+# Not named, so that what was made before these were told stays good; OpenAI's end of text is 49407,
+# which old files call 2.
+_USUAL = {"text_pool_type": ("argmax",), "eos_token_id": (2, 49407)}
 _IDLE = ("Identity", "Dropout", "PatchDropout", "DropPath")  # of no effect in eval mode
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
@@ -200,9 +203,13 @@ def structure_of(module: nn.Module) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for path, part in module.named_modules():
         first, name = path.split(".")[0], type(part).__name__
-        told = {key: vars(part)[key] for key in _SETTINGS if key in vars(part)}
-        if "attn_mask" in part._buffers:  # open_clip's, which no file of weights holds
-            told["causal"] = part._buffers["attn_mask"] is not None
+        own = vars(part)
+        told = {key: own[key] for key in _SETTINGS if key in own}
+        told = {key: one for key, one in told.items() if one not in _USUAL.get(key, ())}
+        if "eos" in (told.get("pool_type"), told.get("text_pool_type")):  # open_clip's
+            told["end"] = own.get("eos_id", own.get("text_eos_id"))
+        if "text_pool_type" in own and getattr(part, "attn_mask", 0) is None:  # of a plain CLIP
+            told["causal"] = False
         bare = not (any(True for _ in part.children()) or any(True for _ in part.parameters()))
         if bare and name not in _IDLE and not isinstance(part, _CONTAINERS):
             told["without weights"] = name

@@ -242,7 +242,7 @@ def test_other_weights_of_the_same_name_are_told_apart(store):
 
 
 def _other_end(clip):
-    clip.text_eos_id = 7
+    clip.text_pool_type, clip.text_eos_id = "eos", 7
 
 
 def _seen_both_ways(clip):
@@ -264,8 +264,8 @@ def _fewer_heads(clip):
     [
         (_other_activation, "visual without weights.*Tanh"),
         (_fewer_heads, "visual num_heads"),
-        (_other_end, "text_eos_id"),
-        (_seen_both_ways, "causal is .*True.* there, .*False.* here"),
+        (_other_end, "end is absent there, .*7.* here"),
+        (_seen_both_ways, "causal is absent there, .*False.* here"),
     ],
 )
 def test_equal_weights_that_compute_otherwise_are_told_apart(change, what, store):
