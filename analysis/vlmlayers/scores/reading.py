@@ -411,8 +411,11 @@ def metric_names(scores: pd.DataFrame) -> list[str]:
     return list(scores["metric"].unique())
 
 
-def check_metric(scores: pd.DataFrame, metric: str) -> None:
-    """Refuse a metric that is not in the table: one that was not scored, or an unknown name."""
+def check_metric(scores: pd.DataFrame, metric: str, instead: str = "") -> None:
+    """Refuse a metric that is not in the table: one that was not scored, or an unknown name.
+
+    `instead` says what else to do; name another metric of the table where empty.
+    """
     if metric in (names := metric_names(scores)):
         return
     # Late: the table of metrics brings scipy along, which drawing and reading do not need.
@@ -421,8 +424,8 @@ def check_metric(scores: pd.DataFrame, metric: str) -> None:
 
     if (known := find_metric(metric)) is not None:
         more = "examine the model" if known.needs == MODEL else "score it as well"
-        more += f", or name one of {', '.join(names)}"
-        raise UserError(f"the score table has no {metric}: {more}")
+        other = instead or f"name one of {', '.join(names)}"
+        raise UserError(f"the score table has no {metric}: {more}, or {other}")
     check_one_of("metric", metric, names, where="the score table")
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Places = NDArray[np.int64]
 T = TypeVar("T")
 EXACT = 1e-9  # share by which rounding may part equal means, or a block from its threshold
+NO_AGREEMENT = "choose with agreement_metric='none'"
 WIDE = 2 * 1.959963984540054  # standard deviations that a 95 % interval spans
 
 
@@ -209,16 +210,18 @@ class BlockTable:
             why = self.reason(metric)
             raise UserError(
                 f"the score table has no {metric} between vision and text blocks"
-                f"{f' ({why}); ' if why else '; score it with both towers, or '}choose with "
-                "agreement_metric='none'"
+                f"{f' ({why}); ' if why else '; score it with both towers, or '}{NO_AGREEMENT}"
             )
         return matrix.reshape(shape)
 
-    def check(self, metric: str) -> None:
-        """Raise a UserError where the table has no such metric; says why, where that is known."""
+    def check(self, metric: str, instead: str = "") -> None:
+        """Raise a UserError where the table has no such metric; says why, where that is known.
+
+        `instead` is that of `check_metric`.
+        """
         if metric not in self.metric_names() and (why := self.reason(metric)):
             raise NoValues(f"{metric} was not computed: {why}")
-        check_metric(self.scores, metric)
+        check_metric(self.scores, metric, instead)
 
     def otherwise(self) -> str:
         """Return what else to choose by: the first metric with a value at every block."""
@@ -279,7 +282,7 @@ class BlockTable:
 
     def _pair_of(self, metric: str, shape: tuple[int, int]) -> Places:
         """Return for each row of the table the pair of blocks that it relates, or −1."""
-        self.check(metric)
+        self.check(metric, NO_AGREEMENT)
         place = np.full(len(self.scores), -1)
         for tower in TOWERS:
             rows = Reading().rows(self.scores, metric, tower)

@@ -1105,7 +1105,7 @@ def test_bad_tables() -> None:
         (scores.assign(value="high"), "holds 'high' in the column value, where a number is"),
         (scores.assign(model=["a", *["b"] * (len(scores) - 1)]), "holds 2 models"),
         (scores[scores.position != "7"], "has no value at block 7"),
-        (scores[scores.metric != "cka_debiased"], "has no cka_debiased: score it as well, or"),
+        (scores[scores.metric != "cka_debiased"], "score it as well, or choose with agreement_"),
         (scores[scores.position.isin(["embed", "proj"])], "no value at any block"),
         (scores.assign(value=scores.value.where(scores.position != "3")), "not finite at block 3"),
     ):
