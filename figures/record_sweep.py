@@ -112,7 +112,7 @@ def _rows(table: pd.DataFrame, words: Words, spans: Words, plain: Words = ()) ->
 
     rows = [
         [*(str(row[name]) for name in words), *(span(row, name) for name in spans),
-         *(f"{row[name]:.3f}" for name in plain)]
+         *(f"{row[name]:.3f}" if pd.notna(row[name]) else "–" for name in plain)]
         for row in table.to_dict("records")
     ]  # fmt: skip
     return markdown_table([*words, *spans, *plain], rows)

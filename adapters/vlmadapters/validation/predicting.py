@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from vlmadapters.validation.chance import by_chance
 from vlmadapters.validation.means import DIGITS, Mean, mean_correlation, no_interval
-from vlmadapters.validation.ranking import LEAST_RANKED, holm
-from vlmadapters.validation.repeatability import ROUNDING, Cells, permuted, signs
+from vlmadapters.validation.ranking import LEAST_RANKED, UNTESTABLE, holm
+from vlmadapters.validation.repeatability import ROUNDING, Cells, signs
 from vlmadapters.validation.verdict import SIGNIFICANCE, Array, bracketed, outcomes, with_zero_shot
 from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
 from vlmlayers.positions import TOWERS
@@ -45,18 +46,18 @@ def judge_predictors(
         table: Validation table of one comparison.
         predicted: Columns placement, score, predicted; None judges baselines alone.
         reference: Label of the placement that picks are compared with.
-        draws: Permutations of a ranking.
+        draws: Draws of chance.
         seed: Seed of the private generators.
 
     Returns:
         The columns `PREDICTOR_COLUMNS`: kind is `ceiling`, `baseline` or `score`; tau the mean over
-        cells of Kendall's τ-b, with interval for these placements, two-sided p by permutation of
-        them, for the ceiling in every cell by itself (the null is 0; whether a score predicts is
-        its to say, not the interval's) and p corrected by Holm's method; pick the placement ranked
-        first, `2 tied` where it is not one; gain its harmonic mean minus the reference's, in
-        points, with interval, and p corrected; n cells. A baseline that names one placement has no
-        τ, and of fewer than three placements nothing has: any score ranks two as trained or in
-        reverse.
+        cells of Kendall's τ-b, with interval for these placements, two-sided p against random
+        curves (`by_chance`; whether a score predicts is its to say, not the interval's), for the
+        ceiling one-sided by reversing rankings (`Cells.reversals`), and p corrected by Holm's
+        method; pick the placement ranked first, `2 tied` where it is not one; gain its harmonic
+        mean minus the reference's, in points, with interval, and p corrected; n cells. A baseline
+        that names one placement has no τ, and of fewer than three placements nothing has: any score
+        ranks two as trained or in reverse.
     """
     found = outcomes(with_zero_shot(table), "hm")
     trained = [i for i, name in enumerate(found.placements) if name != ZERO_SHOT]
@@ -67,7 +68,7 @@ def judge_predictors(
     ceiling = _others(values, cells) if ranked else None
     rows: list[dict[str, Any]] = []
     if ceiling is not None:
-        ranks = _ranks_of_others(values, ceiling, cells, seed)
+        ranks = _ranks_of_others(values, ceiling, cells)
         best = np.take_along_axis(values, ceiling.argmax(1)[:, None], 1)
         apart = (best - anchor)[:, 0]
         gain = _gain(apart, found.datasets, _stretch(cells))
@@ -79,13 +80,17 @@ def judge_predictors(
             first = guess == guess.max()
             pick = names[int(np.argmax(guess))] if first.sum() == 1 else f"{first.sum()} tied"
             gain = _gain((values[:, first] - anchor).mean(1), found.datasets)
-            ranks = _ranks(values, guess, cells, seed) if ranked else {}
+            ranks = _ranks(values, guess, cells) if ranked else {}
             rows.append({"predictor": name, "kind": kind, **ranks, "pick": pick, **gain})
     for name, label in _fixed(table, found.placements).items():
         apart = found.values[:, found.column(label)] - anchor[:, 0]
         gain = _gain(apart, found.datasets)
         rows.append({"predictor": name, "kind": "baseline", "pick": label, **gain})
     judged = pd.DataFrame(rows, columns=list(PREDICTOR_COLUMNS)).assign(n=len(values))
+    scored = judged["tau"].notna() & (judged["kind"] != "ceiling")
+    taus = dict(zip(judged.loc[scored, "predictor"], judged.loc[scored, "tau"]))
+    of_cells = cells.mean(signs(values).T)  # (pair,): its product with a ranking is the mean τ
+    judged.loc[scored, "p"] = by_chance(taus, names, of_cells, draws=draws, seed=seed)
     for column, corrected in (("p", "p_holm"), ("gain_p_holm", "gain_p_holm")):
         tested = judged[column].notna() & (judged["kind"] != "ceiling")
         p = judged.loc[tested, column].to_numpy(np.float64)
@@ -113,7 +118,7 @@ def predictors_statement(judged: pd.DataFrame, reference: str) -> str:
         # The interval is of these placements; that a score is the best of many it does not know.
         parts.append(
             f"The best{of} ({', '.join(best['predictor'])}) has a τ of {_tau(best)} on these "
-            f"placements (p = {p:.2g}, corrected)."
+            f"placements ({UNTESTABLE if math.isnan(p) else f'p = {p:.2g}, corrected'})."
         )
     sure = judged[(judged["gain_p_holm"] < SIGNIFICANCE) & (judged["kind"] != "ceiling")]
     better, worse = (_picks(part) for part in (sure[sure["gain"] > 0], sure[sure["gain"] < 0]))
@@ -196,20 +201,24 @@ def _taus(values: Array, guess: Array) -> Array:
     return (signs(values) * signs(guess)).sum(-1)
 
 
-def _ranks(values: Array, guess: Array, cells: Cells, seed: int) -> dict[str, float]:
+def _ranks(values: Array, guess: Array, cells: Cells) -> dict[str, float]:
     """Return the mean τ of a guess, (placement,), with every cell's ranking."""
     tau = mean_correlation(_taus(values, guess), cells.of)
-    return _tested(tau, _taus(values, permuted(guess[None], cells.draws, seed)), cells)
+    return {"tau": tau.value, "low": tau.low, "high": tau.high}
 
 
-def _ranks_of_others(values: Array, others: Array, cells: Cells, seed: int) -> dict[str, float]:
+def _ranks_of_others(values: Array, others: Array, cells: Cells) -> dict[str, float]:
     """Return the mean τ of every cell's ranking with that of the others, (cell, placement)."""
     tau = mean_correlation(_taus(values, others), cells.of, stretch=_stretch(cells))
-    # Chance orders the cells before they are averaged: each is among the others of all the rest.
-    drawn = permuted(values, cells.draws, seed)
-    by_chance = _others(drawn, cells)
-    assert by_chance is not None  # as `others` is
-    return _tested(tau, _taus(drawn, by_chance), cells)
+    # Chance reverses the cells before they are averaged: each is among the others of all the rest.
+    turned = cells.reversals(whole=cells.count > 1)[..., None]
+    drawn = turned * (values - values.mean(1, keepdims=True))
+    by_others = _others(drawn, cells)
+    assert by_others is not None  # as `others` is
+    means = cells.mean(_taus(drawn, by_others))
+    # What ties with what was found counts against it, also where rounding differs.
+    p = (1 + np.sum(means >= tau.value - ROUNDING)) / (len(means) + 1)
+    return {"tau": tau.value, "low": tau.low, "high": tau.high, "p": float(p)}
 
 
 def _stretch(cells: Cells) -> float:
@@ -222,14 +231,6 @@ def _stretch(cells: Cells) -> float:
     """
     units = cells.count if cells.count > 1 else len(cells.of)
     return math.sqrt(1 + units / (units - 1))
-
-
-def _tested(tau: Mean, null: Array, cells: Cells) -> dict[str, float]:
-    """Return a mean τ with interval and p by what it is in draws of chance, (draw, cell)."""
-    means = cells.mean(null)
-    # Permutations that tie with what was found count against it, also where rounding differs.
-    p = (1 + np.sum(np.abs(means) >= abs(tau.value) - ROUNDING)) / (len(means) + 1)
-    return {"tau": tau.value, "low": tau.low, "high": tau.high, "p": float(p)}
 
 
 def _gain(differences: Array, datasets: NDArray[Any], stretch: float = 1.0) -> dict[str, float]:

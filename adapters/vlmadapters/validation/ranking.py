@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vlmadapters.validation.chance import by_chance
 from vlmadapters.validation.means import correlation_interval
+from vlmadapters.validation.repeatability import signs
 from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
 from vlmlayers.words import counted
 
 LEAST_RANKED = 3  # placements
+UNTESTABLE = "too few placements, or too alike, to test it: a random curve over depth ranks as well"
 
 
 def rank_correlation(
@@ -30,22 +33,20 @@ def rank_correlation(
     Args:
         table: Validation table.
         predicted: Columns placement, score, predicted (from `selection.predict`).
-        draws: Bootstrap draws (datasets, then seeds) and permutations of the placements.
+        draws: Bootstrap draws (datasets, then seeds), and random curves of each kind.
         seed: Seed of the private generator.
 
     Returns:
         One row per score, best first: score, outcome, tau, low, high (the wider of
-        jackknife and percentiles at either end), p (two-sided, by
-        permutation; the null is 0), p_holm (the same, corrected for the number of scores by
-        Holm's method), n (placements). A score that is the same for every placement has no ranks
-        and is left out, and so is one that says nothing of some placement, such as text alone; of
-        fewer than three placements all are, as any score ranks two as trained or in reverse.
+        jackknife and percentiles at either end), p (two-sided, against random curves; NaN where
+        nothing can be told from them: `by_chance`), p_holm (the same, corrected for the number of
+        scores by Holm's method), n (placements). A score that is the same for every placement has
+        no ranks and is left out, and so is one that says nothing of some placement, such as text
+        alone; of fewer than three placements all are, as any score ranks two as trained or in
+        reverse.
     """
     found = outcomes(table)
     left_out, resampled = found.means_left_out(), found.resampled_means(draws, seed)
-    generator = np.random.default_rng(seed)
-    # One set of permutations for all scores: their p values differ by the scores alone.
-    order = np.array([generator.permutation(len(found.placements)) for _ in range(draws)])
     rows = []
     ranked = len(found.placements) >= LEAST_RANKED
     for name, group in predicted.groupby("score", sort=False) if ranked else ():
@@ -55,9 +56,6 @@ def rank_correlation(
             continue
         tau = _tau(guess, found.means[None])[0]
         low, high = _interval(tau, _tau(guess, left_out), _tau(guess, resampled))
-        null = _tau(guess, found.means[order])
-        # The identity counts as a permutation, so that p is never 0.
-        p = (1 + np.sum(np.abs(null) >= abs(tau) - 1e-12)) / (draws + 1)
         rows.append(
             {
                 "score": name,
@@ -65,11 +63,13 @@ def rank_correlation(
                 "tau": tau,
                 "low": low,
                 "high": high,
-                "p": float(p),
                 "n": len(guess),
             }
         )
-    correlations = pd.DataFrame(rows, columns=["score", "outcome", "tau", "low", "high", "p", "n"])
+    correlations = pd.DataFrame(rows, columns=["score", "outcome", "tau", "low", "high", "n"])
+    taus = dict(zip(correlations["score"], correlations["tau"]))
+    p = by_chance(taus, found.placements, signs(found.means), draws=draws, seed=seed)
+    correlations.insert(5, "p", np.array(p, dtype=np.float64))
     correlations.insert(6, "p_holm", holm(correlations["p"].to_numpy(np.float64)))
     return correlations.sort_values("tau", ascending=False, ignore_index=True)
 
@@ -142,12 +142,15 @@ def predictors(correlations: pd.DataFrame) -> str:
             f"{len(bare)} cannot be judged, as there are fewer than three runs, or leaving out one "
             f"dataset or run shows no spread{_named(bare)}."
         )
-    rest = len(judged) - len(right) - len(wrong) - len(bare)
+    blocked = [row for row in judged if math.isnan(row["p"])]
+    if blocked:
+        parts.append(f"{len(blocked)} cannot be tested: {UNTESTABLE}.")
+    rest = len(judged) - len(right) - len(wrong) - len(bare) - len(blocked)
     if rest:
         parts.append(f"{rest} cannot be told from chance.")
     if plain := [row for row in rows if row["score"] in blind]:
         parts.append(f"Without any measurement{_named(plain)}.")
-    parts.append("Placements overlap, which a permutation does not know of: p is a best case.")
+    parts.append("Chance is a random curve over depth on the same placements, which share blocks.")
     return " ".join(parts)
 
 

@@ -327,7 +327,7 @@ CORRELATION_HEADINGS = {
     "tau": "Kendall's τ",
     "low": "low",
     "high": "high",
-    "p": "permutation p",
+    "p": "p",
     "p_holm": "p, corrected",
 }
 

@@ -49,13 +49,13 @@ def block_scores(
     return score_blocks(BlockTable.of(scores, blocks), name)
 
 
-def _mean_over(by_tower: Mapping[str, Array], placement: Blocks) -> float:
+def _mean_over(by_tower: Mapping[str, Array], placement: Blocks) -> Array:
     picked = [
         by_tower[tower][np.asarray(placement[tower], dtype=int) - 1]
         for tower in by_tower
         if len(placement.get(tower, ()))
     ]
-    return float(np.concatenate(picked).mean()) if picked else 0.0
+    return np.asarray(np.concatenate(picked).mean(0) if picked else 0.0)
 
 
 def _frozen(placement: Blocks, blocks: Mapping[str, int]) -> dict[str, list[int]]:
@@ -76,37 +76,36 @@ class PlacementScore:
     Attributes:
         meaning: The definition in one line.
         block_score: Block score that it rests on, or empty.
-        compute: (block score by tower, placement, depth by tower) → number.
+        compute: (block score by tower, (block, …); placement; depth by tower) → (…).
     """
 
     meaning: str
     block_score: str
-    compute: Callable[[Mapping[str, Array], Blocks, Mapping[str, int]], float]
+    compute: Callable[[Mapping[str, Array], Blocks, Mapping[str, int]], Array]
 
 
-def _contrast(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> float:
+def _contrast(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> Array:
     return _mean_over(values, placement) - _mean_over(values, _frozen(placement, blocks))
 
 
-def _captured(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> float:
+def _captured(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> Array:
     # All blocks together capture everything; half the share of blocks is what that costs.
-    total = sum(float(values[t].sum()) for t in values)
-    picked = sum(
-        float(values[t][np.asarray(placement.get(t, ()), dtype=int) - 1].sum()) for t in values
-    )
-    return picked / total - 0.5 * _share(placement, blocks) if total > 0 else 0.0
+    total = sum(values[t].sum(0) for t in values)
+    picked = sum(values[t][np.asarray(placement.get(t, ()), dtype=int) - 1].sum(0) for t in values)
+    share = np.divide(picked, total, out=np.zeros_like(total), where=total > 0)
+    return np.where(total > 0, share - 0.5 * _share(placement, blocks), 0.0)
 
 
-def _mean(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> float:
+def _mean(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> Array:
     return _mean_over(values, placement)
 
 
-def _depth(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> float:
+def _depth(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> Array:
     return _mean_over({t: np.arange(1, n + 1) / n for t, n in blocks.items()}, placement)
 
 
-def _count(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> float:
-    return _share(placement, blocks)
+def _count(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> Array:
+    return np.asarray(_share(placement, blocks))
 
 
 PLACEMENT_SCORES: dict[str, PlacementScore] = {
@@ -181,7 +180,7 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
     blocks = depths(scores)
     table = BlockTable.of(scores, blocks)
     if name.startswith("metric:"):
-        compute: Callable[[Mapping[str, Array], Blocks, Mapping[str, int]], float] = _mean
+        compute: Callable[[Mapping[str, Array], Blocks, Mapping[str, int]], Array] = _mean
         values: Mapping[str, Array] = metric_by_tower(table, name.removeprefix("metric:"))
     else:
         check_one_of("placement score", name, [*PLACEMENT_SCORES, "metric:NAME"])
@@ -196,7 +195,7 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
         if placed and not any(placed.blocks(tower) for tower in values or blocks):
             return math.nan  # of a tower on which the score says nothing
         # Means of equal values differ by rounding, which must not rank one placement above another.
-        return round(compute(values, dict(zip(TOWERS, placed)), blocks), DIGITS)
+        return round(float(compute(values, dict(zip(TOWERS, placed)), blocks)), DIGITS)
 
     return of
 

@@ -115,13 +115,13 @@ def test_datasets_weigh_the_same_between_halves_of_the_test_items() -> None:
 
 
 def test_chance_that_repeats_as_well_counts_against_a_ranking() -> None:
-    """Two cells rank three placements alike: by chance one in six orders does."""
+    """Two cells rank three placements alike, as they would with both reversed: one in two does."""
     cells = Cells(np.array(["a", "b"]), 2000, 0)
     found = cells.repeats(np.array([[1.0, 2, 3]] * 2), cells.others)
-    assert found is not None and found.p == pytest.approx(1 / 6, abs=0.04)
+    assert found is not None and found.p == pytest.approx(1 / 2, abs=0.04)
 
 
-def test_the_seed_is_that_of_all_permutations() -> None:
+def test_the_seed_is_that_of_all_draws() -> None:
     table = simulated(0, 0, 1, datasets=3, seeds=2).assign(hm_second_half=range(48, 0, -1))
     found = [repeatability(table, draws=500, seed=seed) for seed in (0, 0, 1)]
     for key in ("between_seeds", "between_halves", "between_datasets"):
@@ -431,7 +431,7 @@ def test_scores_that_share_the_best_tau_are_all_named() -> None:
     assert "The best of 3 scores (oracle, twin) has a τ of" in said
 
 
-@pytest.mark.parametrize(("datasets", "seeds"), [(6, 1), (3, 3), (1, 5)])
+@pytest.mark.parametrize(("datasets", "seeds"), [(6, 1), (6, 3), (1, 5)])
 def test_cells_that_rank_at_random_have_no_ceiling(datasets: int, seeds: int) -> None:
     """Each cell is among the others of all the rest, so that their τ rise and fall together."""
     p = []

@@ -145,8 +145,8 @@ def test_rank_correlation_agrees_with_scipy_and_flags_chance() -> None:
         assert found.at[name, "tau"] == pytest.approx(kendalltau(guess[name], means).statistic)
     assert found.at["right", "tau"] == 1
     assert found.at["wrong", "tau"] == -1
-    # four placements have 24 orders: a perfect ranking cannot be rarer than 2 in 24
-    assert found.at["right", "p"] == pytest.approx(2 / 24, abs=0.03)
+    # Of four placements a random curve often has the very ranking of the outcome.
+    assert found["p"].isna().all()
     assert "flat" not in found.index
 
 
@@ -180,17 +180,18 @@ def test_holm_on_a_worked_example() -> None:
 
 
 def predicted_and_trained(noise: float) -> pd.DataFrame:
-    """Return τ of scores of twelve placements, each of which is a point better than the last."""
+    """Return τ of scores of twelve placements that are a point apart, in no order of depth."""
+    gain = np.array([3, 9, 0, 6, 11, 2, 8, 5, 10, 1, 7, 4.0])
     names = [f"v{i}-12,t{i}-12" for i in range(1, 13)]
     generator = np.random.default_rng(0)
     rows = [
         {"dataset": d, "seed": s, "placement": name, "kind": "start", "parameters": 1,
-         "changed": True, **dict.fromkeys(("base", "novel", "hm"), i + generator.normal(0, noise))}
-        for d in "ab" for s in (1, 2) for i, name in enumerate(names)
+         "changed": True, **dict.fromkeys(("base", "novel", "hm"), hm + generator.normal(0, noise))}
+        for d in "ab" for s in (1, 2) for name, hm in zip(names, gain)
     ]  # fmt: skip
     guess = {
-        "mean_accuracy": np.arange(12.0),
-        "metric:rmg": -np.arange(12.0),
+        "mean_accuracy": gain,
+        "metric:rmg": -gain,
         "mean_agreement": np.array([5, 1, 9, 2, 8, 3, 7, 4, 6, 0, 11, 10.0]),
         "relative_depth": np.arange(12.0) % 5,
     }

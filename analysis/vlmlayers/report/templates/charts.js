@@ -547,7 +547,7 @@
       const value = (p) => name === "parameters" ? p.parameters : v.predicted[name]?.[p.placement];
       const points = v.points.map((p) => ({ ...p, label: p.placement, x: value(p), y: p.hm })).filter((p) => Number.isFinite(p.x) && Number.isFinite(p.y));
       const tau = v.tau[name];
-      caption(figure, tau ? `Kendall's τ ${show(tau[0])}${tau[1] === null ? "" : `, 95 % interval [${show(tau[1])}, ${show(tau[2])}]`}, permutation p ${show(tau[3])}, ${points.length} placements.` : "One point per placement.");
+      caption(figure, tau ? `Kendall's τ ${show(tau[0])}${tau[1] === null ? "" : `, 95 % interval [${show(tau[1])}, ${show(tau[2])}]`}, p ${show(tau[3])}, ${points.length} placements.` : "One point per placement.");
       const label = c.score.selectedOptions[0].text;
       if (points.length) scatter(figure.querySelector(".plot"), { points, xLabel: title(label), yLabel: "Trained harmonic mean (%)", alt: `${label} against trained harmonic mean; the values are in the table below.` });
       table(figure, ["placement", label, "hm"], points.map((p) => [p.label, p.x, p.y]));
