@@ -250,7 +250,8 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
     Every cell's mean is taken out. What is left is analysed as placement + placement × dataset +
     rest, all random, by mean squares, of unweighted means where datasets have unequal seeds; the
     interval of the placement's share follows from the F distribution of the ratio of mean squares,
-    the other components taken as estimated.
+    the other components taken as estimated. Placements that share blocks go together, which leaves
+    fewer degrees of freedom (`_freedom_left`).
 
     Reference: McGraw and Wong, Forming inferences about some intraclass correlation coefficients,
     1996; Searle, Casella and McCulloch, Variance Components, 1992.
@@ -273,27 +274,36 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
     per_dataset = len(names) / (1 / size).sum()  # seeds, their harmonic mean
     units = len(names) * per_dataset  # the cells, where all datasets have as many
     between = units * np.square(own).sum() / free
-    interaction = per_dataset * np.square(by_dataset - own).sum()
+    effects = by_dataset - own
+    interaction = per_dataset * np.square(effects).sum()
     rest = np.square(centred - by_dataset[of]).sum()
-    residual = np.square(centred - centred.mean(0)).sum() / (free * (cells - 1))
+    apart = centred - centred.mean(0)
+    residual = np.square(apart).sum() / (free * (cells - 1))
     if residual < ROUNDING:
         return None
     # With one seed per dataset the interaction cannot be told from the rest.
     nested = len(names) > 1 and cells > len(names)
     freedom, against, error, mixed = free * (cells - 1), residual, residual, 0.0
+    left_free = _freedom_left(apart, cells - 1)
+    known = freedom * left_free
     # An interaction of exactly 0 is one of values in few steps: the rest stands for it.
     if nested and interaction > ROUNDING:
         freedom = free * (len(names) - 1)
         rest_freedom = free * (cells - len(names))
         error = rest / rest_freedom
+        left_free = _freedom_left(effects, len(names) - 1)
         against = interaction / freedom
         mixed = max(0.0, float((against - error) / per_dataset))
     left = mixed + error
     # Of a cell elsewhere, in a dataset of its own. The pooled residual weighs the interaction by
     # the few datasets there are; where none shows it is the better estimate.
-    varies, known = residual, float(free * (cells - 1))
+    varies = residual
     if mixed > 0:
-        parts = (against / per_dataset, freedom), (error * (1 - 1 / per_dataset), rest_freedom)
+        within = rest_freedom * _freedom_left(centred - by_dataset[of], cells - len(names))
+        parts = (
+            (against / per_dataset, freedom * left_free),
+            (error * (1 - 1 / per_dataset), within),
+        )
         # Satterthwaite's degrees of freedom of a sum of mean squares.
         varies, known = left, left**2 / sum(part**2 / of for part, of in parts)
 
@@ -302,7 +312,8 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
         return float(own_variance / (own_variance + left))
 
     ratio = between / against
-    low, high = (share(ratio / float(stats.f.ppf(q, free, freedom))) for q in (0.975, 0.025))
+    free_of, freedom_of = free * left_free, freedom * left_free
+    low, high = (share(ratio / float(stats.f.ppf(q, free_of, freedom_of))) for q in (0.975, 0.025))
     placed = share(ratio)
     total = left / (1 - placed)
     return Variance(
@@ -315,6 +326,32 @@ def variance_within_cells(values: Array, datasets: Iterable[str]) -> Variance | 
         known,
         cells,
     )
+
+
+def _freedom_left(apart: Array, units: int) -> float:
+    """Return the share of the degrees of freedom that placements which go together leave, ≤ 1.
+
+    The mean of two estimates, one too low of few units, the other too high. Without it 11 to 22 of
+    100 simulated sweeps over 17 placements without an effect showed one, where 2.5 should; with it
+    2 to 4 from four units on, and 4 to 6 of three.
+
+    Args:
+        apart: (row, placement) residuals, without the means of rows and columns.
+        units: Degrees of freedom of a column.
+
+    Reference: Greenhouse and Geisser, On methods in the analysis of profile data, 1959; Huynh and
+    Feldt, Estimation of the Box correction for degrees of freedom, 1976; of the mean: Stevens,
+    Applied Multivariate Statistics for the Social Sciences, 1992.
+    """
+    free, products = apart.shape[1] - 1, apart @ apart.T
+    if not products.any():
+        return 1.0
+    ways = float(np.trace(products) ** 2 / np.square(products).sum())  # in which rows differ
+    if units == 1:  # of one row nothing tells how many there are
+        return 1 / free
+    even = units - ways < ROUNDING
+    more = free if even else min(free, ((units + 1) * ways - 2) / (units - ways))
+    return (ways + more) / 2 / free
 
 
 def cells_needed(sd: float) -> int:
