@@ -81,7 +81,7 @@ def _dataset_tables(answer: Answer) -> list[Table]:
         for name, one in datasets.items()
     ]
     for name, split in scored_beside(answer):
-        known = {"title": "scored with the others, of an earlier extraction", "split": split}
+        known = {"title": "scored, of an earlier extraction", "split": split}
         rows.append([name, *map(known.get, DATASET_HEADINGS.values())])
     return [tabular("Datasets", ["Dataset", *DATASET_HEADINGS], rows)]
 
@@ -133,7 +133,8 @@ def model_table(answer: Answer) -> Table:
     rows: list[list[Any]] = [
         ["Model", answer.model],
         ["Weights", answer.weights + (" (UNTRAINED)" if answer.random_weights else "")],
-        ["Weights hash", model.get("weights_hash")],
+        # As scored: features of an extraction since may be of other weights.
+        ["Weights hash", answer.attributes.get("weights_hash") or model.get("weights_hash")],
         ["Parameters", model.get("parameters")],
     ]
     for name, tower in model.get("towers", {}).items():

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmlayers.files import read_toml
 from vlmlayers.report.handover import handover_text
+from vlmlayers.report.made import scored_beside
 from vlmlayers.report.numbers import Answer
 from vlmlayers.words import counted
 
@@ -80,9 +81,11 @@ def _validate(answer: Answer, seeds: tuple[int, ...], asked: dict[str, Any]) -> 
     given = answer.provenance.get("given", {})
     words = ["vlmlayers", "validate", *_model_words(answer)]
     scored = sorted(set(answer.scores["dataset"]) - {"*"})
-    names = asked.get("datasets") or given.get("datasets") or scored
+    beside = [name for name, _ in scored_beside(answer)]
+    named = asked.get("datasets") or [*given.get("datasets", ()), *beside] or scored
+    names = dict.fromkeys(_several(named))  # a dataset may be scored by two splits
     folder = str(answer.run.folder)
-    words += [*(_place(name, given) for name in _several(names)), "--choice", folder]
+    words += [*(_place(name, given) for name in names), "--choice", folder]
     words += ["--out", folder]
     if given.get("data_root"):
         words += ["--data-root", given["data_root"]]

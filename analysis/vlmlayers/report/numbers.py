@@ -237,7 +237,7 @@ class Answer:
         folder = str(self.run.folder)
         if of := other_features(self.run, self.attributes):
             return (
-                f"the scores were made from other features of {of} than are here; run "
+                f"the scores were not made from the features of {of} that are here; run "
                 f"{shlex.join(['vlmlayers', 'score', folder])} again"
             )
         why = _not_of(self.choice, self.scores)

@@ -36,6 +36,8 @@ def source_marks(features: Iterable[LayerFeatures]) -> dict[str, Any]:
 def other_features(run: Run, attributes: Mapping[Any, Any]) -> str:
     """Return a dataset whose features in a run are not those that its scores were made from.
 
+    Features of an extraction before the last one may have been left out of the scores.
+
     Args:
         run: The run.
         attributes: Those of its score table.
@@ -44,10 +46,12 @@ def other_features(run: Run, attributes: Mapping[Any, Any]) -> str:
         Dataset and split; empty where all are, or nothing is known.
     """
     marks = attributes.get("features", {})
-    for path in sorted(run.features.glob("*/store.json")):
+    last = run.read_provenance().get("datasets", {})
+    known = {*marks, *(_name(one.get("name", name), one.get("split")) for name, one in last.items())}
+    for path in sorted(run.features.glob("*/store.json")) if marks else ():
         store = read_json(path)
         name = _name(store.get("dataset"), store.get("split"))
-        if name in marks and _mark(store.get("identity", {})) not in marks[name]:
+        if name in known and _mark(store.get("identity", {})) not in marks.get(name, ()):
             return name
     return ""
 

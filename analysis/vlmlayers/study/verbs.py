@@ -216,9 +216,10 @@ def select_run(
     scores = read_scores(source)
     if of := other_features(Run(folder), scores.attrs):
         LOG.warning(
-            "%s: the scores were made from other features of %s than are here; score again", folder,
+            "%s: the scores were not made from the features of %s that are here; score again",
+            folder,
             of,
-        )  # fmt: skip
+        )
     choice = select(scores, rule, resamples=resamples, seed=seed, **options)
     # The folder of a bare table is no run: nothing else is written there.
     alone = not out and Run(folder).provenance.is_file()

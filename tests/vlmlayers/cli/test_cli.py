@@ -23,6 +23,7 @@ from vlmlayers.cli import extensions
 from vlmlayers.errors import UserError
 from vlmlayers.features.writer import write_features
 from vlmlayers.options import parse_settings
+from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import read_answer
 from vlmlayers.runs import Run
 from vlmlayers.study import check_study, read_study
@@ -289,7 +290,7 @@ def test_scores_of_an_earlier_extraction_are_told(
     extract = ("extract", model, "digits", "--random-weights", "--out", out, "-q", "--items")
     score = ("score", out, "--metric", "effective_rank", "-q")
     choose = ("select", out, "--rule", "budget", "--set", "score=metric:effective_rank", "-q")
-    told = "the scores were made from other features of digits (train) than are here"
+    told = "the scores were not made from the features of digits (train) that are here"
     assert call(*extract, 20)[0] == 0
     for verb in (score, choose):  # each is read by itself
         assert UNTRAINED in call(*verb)[1].replace("\n", " ")
@@ -302,6 +303,27 @@ def test_scores_of_an_earlier_extraction_are_told(
     caplog.clear()
     assert call(*score)[0] == call(*choose)[0] == 0
     assert told not in caplog.text and not read_answer(out).stale
+
+
+def test_features_that_were_extracted_since_and_not_scored_are_told(
+    call, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # type: ignore[no-untyped-def]
+    """The report describes the last extraction, of which the scores may hold nothing."""
+    model, out = tiny_clip(tmp_path / "tiny-clip"), tmp_path / "run"
+    extract = ("extract", model, "--random-weights", "--out", out, "--items", 20, "-q")
+    score = ("score", out, "--metric", "effective_rank", "-q")
+    choose = ("select", out, "--rule", "budget", "--set", "score=metric:effective_rank", "-q")
+    told = "the scores were not made from the features of flags (train) that are here"
+    assert call(*extract, "digits")[0] == call(*score)[0] == call(*choose)[0] == 0
+    assert call(*extract, "flags")[0] == 0 and not caplog.text
+    assert call(*choose)[0] == 0 and told in caplog.text
+    assert told in read_answer(out).doubts[0]
+    caplog.clear()
+    assert call(*score)[0] == call(*choose)[0] == 0
+    answer = read_answer(out)
+    assert told not in caplog.text and not answer.stale
+    # What was scored, of whatever extraction, is what a choice is proved on.
+    assert " flags digits --choice " in next_steps(answer)[0].code
 
 
 def test_score_names_an_unfinished_extraction(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -586,7 +586,7 @@ def test_scores_name_stores_that_the_last_extraction_did_not_write(
                20, 0)  # fmt: skip
     write_report(copy, formats=("svg",))
     shown = (copy / "report.md").read_text().replace("\\", "")  # before marks of Markdown
-    beside = "scored with the others, of an earlier extraction"
+    beside = "scored, of an earlier extraction"
     assert f"| {name} | {beside} | {record['split']} |" in shown
     assert shown.count(beside) == 1
 
