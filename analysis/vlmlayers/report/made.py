@@ -49,6 +49,11 @@ def remarks(answer: Answer) -> list[str]:
             else []
         ),
         *(
+            [f"Left out: the training in validation.csv, which is {found}."]
+            if (found := answer.foreign_validation)
+            else []
+        ),
+        *(
             f"The study file shown is not what stage {stage} ran on: when the study was last run, "
             f"without that stage, these had changed: {', '.join(parts)}."
             if parts

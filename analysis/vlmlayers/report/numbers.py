@@ -16,7 +16,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.placement import describe_blocks, untrained
 from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import TOWERS
-from vlmlayers.report.validation import TIE, RecordedValidation, void_verdict
+from vlmlayers.report.validation import TIE, RecordedValidation, validated, void_verdict
 from vlmlayers.runs import Run
 from vlmlayers.scores import read_scores
 from vlmlayers.scores.reading import (
@@ -36,7 +36,7 @@ from vlmlayers.selection import (
     make_rule,
     paper_blocks,
 )
-from vlmlayers.selection.choice import OFTEN
+from vlmlayers.selection.choice import OFTEN, not_of
 from vlmlayers.selection.curves import BlockTable
 from vlmlayers.words import inside, percent
 
@@ -55,6 +55,7 @@ class Answer:
         provenance: How it was made.
         validation: What training found, or None.
         attributes: Attributes of the score table: cost, refusals, protocol.
+        foreign_validation: Of which model training was, where not of the scores'; else empty.
     """
 
     run: Run
@@ -63,6 +64,7 @@ class Answer:
     provenance: dict[str, Any] = field(default_factory=dict)
     validation: RecordedValidation | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
+    foreign_validation: str = ""
 
     @cached_property
     def depths(self) -> dict[str, int]:
@@ -228,8 +230,13 @@ class Answer:
         return [
             *filter(None, [self.stale, self.unproved]),
             *found,
-            *filter(None, [void_verdict(self.run)]),
+            *filter(None, [self.void]),
         ]
+
+    @property
+    def void(self) -> str:
+        """The verdict of a training of this model that changed nothing; else empty."""
+        return "" if self.foreign_validation else void_verdict(self.run)
 
     @cached_property
     def stale(self) -> str:
@@ -379,8 +386,8 @@ class Answer:
         return [("First block", "; ".join(parts))] if parts else []
 
     def _proof(self) -> str:
-        if void := void_verdict(self.run):
-            return void
+        if self.void:
+            return self.void
         if self.validation is None:
             return "not yet; the command vlmlayers validate trains here and at competing placements"
         if self.validation.verdict:
@@ -487,14 +494,18 @@ def read_answer(run: Run | str | Path) -> Answer:
     """
     found = run if isinstance(run, Run) else Run.open(run)
     found.require_choice()
-    scores = read_scores(found.folder)
+    scores, provenance = read_scores(found.folder), found.read_provenance()
+    known = provenance.get("model", {}).get("weights_hash", "")
+    ours = [*scores[["model", "weights"]].iloc[0], scores.attrs.get("weights_hash", known)]
+    foreign = not_of(validated(found), *map(str, ours))
     return Answer(
         found,
         bare(scores),
         LayerChoice.load(found.choice),
-        found.read_provenance(),
-        RecordedValidation.read(found),
+        provenance,
+        None if foreign else RecordedValidation.read(found),
         {str(name): value for name, value in scores.attrs.items()},
+        foreign,
     )
 
 

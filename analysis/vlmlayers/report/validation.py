@@ -152,6 +152,13 @@ def void_verdict(run: Run) -> str:
     return str(notes.get("verdict", "")) if notes.get("void") else ""
 
 
+def validated(run: Run) -> dict[str, str]:
+    """Return of which model and weights a validation is, as far as it says; empty without one."""
+    cells, notes = _table(run.validation), run.read(run.verdict.name)
+    found = {key: cells[key].iloc[0] for key in ("model", "weights") if key in cells and len(cells)}
+    return {**found, "weights_hash": notes.get("weights_hash", "")} if len(cells) else {}
+
+
 def _table(path: Path) -> pd.DataFrame:
     try:
         return read_csv(path) if path.exists() else pd.DataFrame()

@@ -46,8 +46,8 @@ def other_features(run: Run, attributes: Mapping[Any, Any]) -> str:
         Dataset and split; empty where all are, or nothing is known.
     """
     marks = attributes.get("features", {})
-    last = run.read_provenance().get("datasets", {})
-    known = {*marks, *(_name(one.get("name", name), one.get("split")) for name, one in last.items())}
+    last = run.read_provenance().get("datasets", {}).items()
+    known = {*marks, *(_name(one.get("name", name), one.get("split")) for name, one in last)}
     for path in sorted(run.features.glob("*/store.json")) if marks else ():
         store = read_json(path)
         name = _name(store.get("dataset"), store.get("split"))

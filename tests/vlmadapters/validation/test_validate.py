@@ -585,7 +585,9 @@ def test_the_verb(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.Monkey
     shown = [line for line in done.output.splitlines() if str(tmp_path) not in line]
     assert max(map(len, shown)) <= 80
     CHOICE.save(tmp_path / "choice.json")
-    scores().to_csv(tmp_path / "scores.csv", index=False)
+    backbone = shared_backbone("clip")
+    ours = scores().assign(model=backbone.name, weights=backbone.weights)
+    ours.to_csv(tmp_path / "scores.csv", index=False)
     write_json(tmp_path / "provenance.json", {"validate": {"seeds": [9]}, "seed": 3})  # a study's
     again = [*words, "--choice", str(tmp_path), "--present-only", "--workers", "0"]
     done = CliRunner().invoke(app, again, catch_exceptions=False)

@@ -318,6 +318,27 @@ def test_a_choice_by_an_own_rule_from_other_scores_is_told(tmp_path: Path) -> No
     assert "blocks 10–12 of the text tower" in written(run)
 
 
+@pytest.mark.parametrize("void", [False, True])
+def test_a_validation_of_another_model_is_left_out(tmp_path: Path, void: bool) -> None:
+    """A run that is extracted from other weights keeps its trainings, which prove nothing now."""
+    run = make_run(tmp_path / "run", small=True, validated=True)
+    cells, notes = pd.read_csv(run.validation), read_json(run.verdict)
+    model, weights = read_answer(run.folder).scores[["model", "weights"]].iloc[0]
+    for of, digits, why in (
+        ({"model": model, "weights": weights}, "abc", ""),
+        ({"model": model, "weights": weights}, "cba", f"of {model} ({weights}, cba), not of"),
+        ({"model": "another", "weights": weights}, "abc", f"of another ({weights}), not of"),
+    ):
+        cells.assign(**of).to_csv(run.validation, index=False)
+        write_json(run.verdict, notes | {"weights_hash": digits, "void": void})
+        answer = read_answer(run.folder)
+        assert (answer.validation is None) == (void or bool(why))
+        told = notes["verdict"] in f"{answer.doubts} {answer.facts()}"
+        assert told == (not why)
+        text = written(run)
+        assert (f"Left out: the training in validation.csv, which is {why}" in text) == bool(why)
+
+
 def test_a_validation_of_another_choice_is_told(tmp_path: Path) -> None:
     """A run that chooses anew keeps its trainings, whose \"chosen\" is what was chosen before."""
     run = make_run(tmp_path / "run", small=True, validated=True)
@@ -1201,6 +1222,8 @@ def test_trainings_that_differ_are_told_beside_their_means(validated: Run, tmp_p
     def trained(first: dict[str, object], second: dict[str, object]) -> list[str]:
         for folder, other in zip(runs, (first, second)):
             write_json(folder / "validation.json", {**before, **other})
+            model = Run(folder).read_provenance()["model"]
+            Run(folder).record(model=model | {"weights_hash": other["weights_hash"]})
         return [one for one in said() if one.startswith("Trained harmonic means")]
 
     how = {"method": "mma", "recipe": {"name": "a", "weight_decay": 0.1, "optimizer": "sgd"},
