@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -247,11 +247,24 @@ class Answer:
                 f"the scores were not made from the features of {of} that are here; run "
                 f"{shlex.join(['vlmlayers', 'score', folder])} again"
             )
-        why = _not_of(self.choice, self.scores)
-        if not why and "search" not in self.choice.evidence and (lost := self.unscored):
+        again = f"run {shlex.join(['vlmlayers', 'select', folder, *self._chosen_as()])} again"
+        searched, why = self.choice.evidence.get("search"), _not_of(self.choice, self.scores)
+        if not why and not searched and (lost := self.unscored):
             why = f"they hold nothing of the {join(lost)} tower"
-        again = f"run {shlex.join(['vlmlayers', 'select', folder])} again"
-        return f"the choice was made from other scores than these ({why}); {again}" if why else ""
+        if why:
+            return f"the choice was made from other scores than these ({why}); {again}"
+        if searched and self.search.get("statement", now := searched["statement"]) != now:
+            return f"the choice is of an earlier search than that in search.json; {again}"
+        return ""
+
+    def _chosen_as(self) -> list[str]:
+        """Return rule and options of the choice as the command line takes them."""
+        rule, options = self.choice.rule, self.choice.evidence.get("options", {})
+        if rule not in RULES:
+            return []
+        usual = asdict(make_rule(rule, {})) | {"file": options.get("file")}  # the run's own search
+        given = [f"{key}={one}" for key, one in options.items() if one != usual.get(key)]
+        return ["--rule", rule, *(word for one in given for word in ("--set", one))]
 
     @cached_property
     def unproved(self) -> str:

@@ -293,6 +293,34 @@ def test_a_choice_from_other_scores_is_told(tmp_path: Path, rule: str) -> None:
     assert told in written(run)
 
 
+def test_a_choice_by_an_earlier_search_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    found = {"pick": "v5-12,t5-12@scale=0.3", "decided": True, "statement": "Train there.",
+             "default": "v5-12,t5-12", "towers": {"vision": 12, "text": 12}, "method": "mma",
+             "to_zero_shot": {"adapt": "yes", "folds": [1]}, "cost": {"trainings": 3}}  # fmt: skip
+    write_json(run.search, found)
+    select(read_answer(run.folder).scores, "search", file=str(run.search)).save(run.choice)
+    assert not read_answer(run.folder).stale
+    write_json(run.search, found | {"pick": "v9-12,t9-12", "statement": "Train here."})
+    answer = read_answer(run.folder)
+    (told,) = [one for one in answer.doubts if one.startswith("the choice is of an earlier search")]
+    assert told.endswith(f"run vlmlayers select {run.folder} --rule search again")
+    run.search.unlink()
+    assert not read_answer(run.folder).stale
+
+
+def test_a_choice_is_made_again_by_its_rule_with_its_options(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_answer(run.folder).scores
+    select(scores, "threshold", accuracy=0.6, agreement_metric="none", resamples=20).save(
+        run.choice
+    )
+    write_scores(scores.assign(value=1 - scores["value"]), run.folder)
+    words = shlex.split(read_answer(run.folder).stale.rpartition("; run ")[2])
+    assert words[:5] == ["vlmlayers", "select", str(run.folder), "--rule", "threshold"]
+    assert words[5:] == ["--set", "accuracy=0.6", "--set", "agreement_metric=none", "again"]
+
+
 def deepest(scores: pd.DataFrame) -> tuple[str, str]:
     return "11-12", "10-12"
 
