@@ -166,26 +166,22 @@ def _longer(answer: Answer, trained: tuple[int, ...]) -> str:
     """Return how long as many seeds again take, from what they took here; empty where unknown."""
     if not trained:
         return ""
-    seconds, tail = answer.run.read("stages.json").get("validate", {}).get("seconds", 0), ""
-    if not seconds:  # the verb alone, which is no stage of a study
-        seconds = answer.run.read(answer.run.verdict.name).get("training_seconds", 0)
-        tail = "; testing comes on top"
+    # Not that of the stage, which may have found most of them trained.
+    seconds = answer.run.read(answer.run.verdict.name).get("training_seconds", 0)
     if not seconds:
         return ""
     return (
-        f"As many seeds again: about {_time(seconds)}, as long as the {len(trained)} took here"
-        f"{tail}. What is trained is not trained again; a stopped run resumes with the same "
-        "command."
+        f"As many seeds again: about {_time(seconds)}, as long as the {len(trained)} took here; "
+        "testing comes on top. What is trained is not trained again; a stopped run resumes with "
+        "the same command."
     )
 
 
 def _pace(answer: Answer) -> float:
     """Return the images a second of the extraction; 0 where it was not timed."""
-    seconds = answer.run.read("stages.json").get("extract", {}).get("seconds", 0)
-    # Of a small run loading the model is most, and it grows with no number of images.
-    seconds -= answer.provenance.get("load_seconds", 0)
-    images = sum(one.get("items") or 0 for one in _datasets(answer))
-    return images / seconds if seconds > 0 else 0.0
+    timed = [one for one in _datasets(answer) if one.get("seconds")]
+    seconds = sum(one["seconds"] for one in timed)
+    return sum(one.get("items") or 0 for one in timed) / seconds if timed else 0.0
 
 
 def _classes(answer: Answer) -> list[int]:

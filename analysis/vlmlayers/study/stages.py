@@ -14,7 +14,7 @@ from vlmlayers.errors import DataFault, OtherExtraction, UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import is_choice
 from vlmlayers.positions import TOWERS
-from vlmlayers.runs import environment, file_mark, fingerprint
+from vlmlayers.runs import PARTIAL, environment, file_mark, fingerprint
 from vlmlayers.study.context import StageContext, StudyDataset
 from vlmlayers.user_code import code_file, is_user_code, packaged
 from vlmlayers.words import counted
@@ -83,17 +83,21 @@ def extract_each(
     from vlmlayers.models.extract import refuse_textless
 
     _refuse_missing(context, place)
-    began = time.monotonic()
     model = context.load_model()
-    load_seconds = time.monotonic() - began
     for data in context.datasets:
         refuse_textless(model, data.manifest, **context.extract_options(data))
     options = context.study.extract
+    known = context.run.read_provenance().get("datasets", {})
     record, left_out = {}, {}
     for data in context.datasets:
         context.doing(
             f"{verb:8} {data.manifest.name}: {counted(len(data.items), 'item')} ({data.folder})"
         )
+        # How long a stopped extraction worked on what it left is not known.
+        fresh = context.force or not any(
+            (place / f"{data.folder}{end}").exists() for end in ("", PARTIAL)
+        )
+        began = time.monotonic()
         try:
             features, images, texts = work(context, model, data, place / data.folder)
         except DataFault as error:  # a full disk or a held lock would fail the next one too
@@ -103,7 +107,9 @@ def extract_each(
             context.echo(f"         {data.manifest.name} is left out: {error}")
             continue
         several = sum(one.manifest.name == data.manifest.name for one in context.datasets) > 1
-        record[data.folder if several else data.manifest.name] = {
+        key = data.folder if several else data.manifest.name
+        seconds = time.monotonic() - began if fresh else known.get(key, {}).get("seconds")
+        record[key] = {
             **({"name": data.manifest.name} if several else {}),  # of two splits of one
             "title": data.manifest.title,
             "split": data.options["split"],
@@ -111,6 +117,7 @@ def extract_each(
             "asked": len(data.items),
             "classes": len(features.class_names),
             "texts": texts,
+            **({"seconds": round(seconds, 2)} if seconds else {}),
             "text": data.options["text"],
             "template": data.options["template"],
             "present_only": data.options["present_only"],
@@ -124,7 +131,6 @@ def extract_each(
         "model": model_record(model),
         "datasets": record,
         "left_out": left_out,
-        "load_seconds": round(load_seconds, 2),
         "given": _given(context),
         "extract": {**options.model_dump(mode="json"), "device": str(model.device)},
         "seed": context.seed,

@@ -326,6 +326,18 @@ def test_features_that_were_extracted_since_and_not_scored_are_told(
     assert " flags digits --choice " in next_steps(answer)[0].code
 
 
+def test_an_extraction_that_finds_features_keeps_the_time_they_took(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """By which the report tells how long a training takes."""
+    model, out = tiny_clip(tmp_path / "tiny-clip"), tmp_path / "run"
+    extract = ("extract", model, "--random-weights", "--out", out, "--items", 20, "-q")
+    seconds = []
+    for names in (["digits"], ["digits", "flags"], ["flags", "digits"]):
+        assert call(*extract, *names)[0] == 0
+        found = json.loads((out / "provenance.json").read_text())["datasets"]
+        seconds.append({name: one["seconds"] for name, one in found.items()})
+    assert seconds[0]["digits"] == seconds[1]["digits"] and seconds[1] == seconds[2]
+
+
 def test_score_names_an_unfinished_extraction(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """As of a dataset with an unreadable image; its folder looks like one of features."""
     (tmp_path / "features" / "mine-train.partial").mkdir(parents=True)

@@ -912,10 +912,10 @@ def test_what_to_do_next_is_a_command_that_can_be_typed(validated: Run) -> None:
     write_json(summary, read_json(summary) | {"training_seconds": 600.0})
     again = next_steps(read_answer(validated.folder))[0].text
     assert "about 10 min, as long as the 3 took here; testing comes on top" in again
-    write_json(validated.folder / "stages.json", {"validate": {"seconds": 20.0}})  # tests as well
-    again = next_steps(read_answer(validated.folder))[0].text
+    # As of a study that was given its third seed when two were trained.
+    write_json(validated.folder / "stages.json", {"validate": {"seconds": 200.0}})
+    assert next_steps(read_answer(validated.folder))[0].text == again
     (validated.folder / "stages.json").unlink()
-    assert "about 1 min, as long as the 3 took here. What is trained" in again
     assert "choice.to_peft(clip" in adapt.code
     compile(adapt.code, "next", "exec")
 
@@ -944,13 +944,14 @@ def test_a_dataset_of_which_images_were_left_out_says_so(tmp_path: Path) -> None
 
 
 def test_the_time_of_a_proof_is_that_of_images_and_not_of_loading_the_model(tmp_path: Path) -> None:
-    """640 images in 20 s beside a load of 40 s: 32 a second, not 11."""
+    """640 images in 20 s: 32 a second, whatever the last extraction found made or took to load."""
     run = make_run(tmp_path / "run", 24, 12)
     assert "*" not in shlex.split(next_steps(read_answer(run.folder))[0].code), "of pooled scores"
     # The larger half of 13 classes and the one of 1 are base classes.
-    datasets = {"toy": {"items": 600, "classes": 13}, "lone": {"items": 40, "classes": 1}}
+    datasets = {"toy": {"items": 600, "classes": 13, "seconds": 18.0},
+                "lone": {"items": 40, "classes": 1, "seconds": 2.0}}  # fmt: skip
     given = {"model": {"name": "toy"}, "datasets": ["toy", "lone"]}
-    run.record(datasets=datasets, load_seconds=40.0, given=given)
+    run.record(datasets=datasets, given=given)
     write_json(run.folder / "stages.json", {"extract": {"seconds": 60.0}})
     text = next_steps(read_answer(run.folder))[0].text
     # 24 blocks and 8 more placements, 8 base classes, 16 shots, 5 epochs, 3 seeds, 1.5 passes
@@ -981,7 +982,7 @@ def test_the_time_of_a_proof_is_that_of_images_and_not_of_loading_the_model(tmp_
         run.study.write_text(f"[validate]\n{other}\n")
         assert "images a second" not in next_steps(read_answer(run.folder))[0].text
     run.study.unlink()
-    write_json(run.folder / "stages.json", {"extract": {"seconds": 39.0}})
+    run.record(datasets={key: one | {"seconds": 0.0} for key, one in datasets.items()})
     assert "images a second" not in next_steps(read_answer(run.folder))[0].text
 
 
