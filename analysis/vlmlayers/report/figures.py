@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ CURVES = (
     "fisher_ratio",
 )
 GAPS = ("centroid_gap", "rmg")
+# Files of the figures below: those that a report no longer draws show what was there before.
+OURS = re.compile(
+    r"((curves|gap|agreement|datasets)-.+|selection-frequency|placement-sweep|amount|cost|"
+    r"predicted-trained)\.(svg|png|pdf|csv)"
+)
 LINES = 9  # datasets that can be told apart as lines; more are drawn as a heat map
 MEAN = "mean over datasets"  # beside those of each, where that is what is drawn
 HEATMAPS = ("class_accuracy", "class_accuracy_ncm")
@@ -134,7 +140,12 @@ def draw_figures(
         UserError: A format is unknown, or a page can show none of them.
     """
     check_shown(formats)
-    return list(_drawn(answer, formats, metrics))
+    drawn = list(_drawn(answer, formats, metrics))
+    kept = {path for figure in drawn for path in figure.files}
+    for path in {*answer.run.figures.glob("*.*")} - kept:
+        if OURS.fullmatch(path.name):
+            path.unlink()
+    return drawn
 
 
 def check_shown(formats: Sequence[str]) -> None:

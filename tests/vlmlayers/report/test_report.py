@@ -438,6 +438,20 @@ def test_embedded_downloads_hold_the_tables(validated: Run) -> None:
         assert f"curves-dataset-accuracy.{kind}" in links
 
 
+def test_a_report_leaves_no_figure_of_scores_that_are_gone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_report(run.folder, formats=("svg", "pdf"))
+    (run.figures / "mine.svg").write_text("drawn by hand")
+    scores = read_answer(run.folder).scores
+    write_scores(scores[scores["metric"] != "centroid_gap"], run.folder)
+    before = {path.name for path in run.figures.iterdir()}
+    text = written(run)
+    now = {path.name for path in run.figures.iterdir()}
+    assert {"gap-centroid-gap.svg", "gap-centroid-gap.csv"} <= before - now
+    assert "mine.svg" in now and not any(name.endswith(".pdf") for name in now), "as not drawn anew"
+    assert "gap-centroid-gap" not in text
+
+
 def test_every_figure_has_its_table_and_alt_text(validated: Run) -> None:
     stems = {path.stem for path in validated.figures.iterdir()}
     assert {
