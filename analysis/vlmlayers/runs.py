@@ -75,6 +75,9 @@ class Run:
         run = cls(Path(folder))
         if not run.scores.exists() and not (run.folder / "scores.csv").exists():
             advice = run.names_inside() or "make one with `vlmlayers study` or `vlmlayers score`"
+            if run.results.exists() or run.validation.exists():
+                draw = shlex.join(["vlmlayers", "figures", str(folder), "--paper", "FOLDER"])
+                advice += f", or draw what was trained with `{draw}`"
             raise UserError(
                 f"{folder} is not a run folder: it holds no scores.parquet{looked_for(folder)}; "
                 f"{advice}"

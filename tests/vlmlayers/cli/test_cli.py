@@ -338,6 +338,15 @@ def test_an_extraction_that_finds_features_keeps_the_time_they_took(call, tmp_pa
     assert seconds[0]["digits"] == seconds[1]["digits"] and seconds[1] == seconds[2]
 
 
+@pytest.mark.parametrize("verb", ["figures", "report"])
+def test_a_folder_that_was_trained_into_is_told_how_it_is_drawn(
+    call, verb: str, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "results.csv").write_text("method\n")
+    code, _, err = call(verb, tmp_path)
+    assert code == 2 and f"`vlmlayers figures {tmp_path} --paper FOLDER`" in err.replace("\n", " ")
+
+
 def test_score_names_an_unfinished_extraction(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """As of a dataset with an unreadable image; its folder looks like one of features."""
     (tmp_path / "features" / "mine-train.partial").mkdir(parents=True)
