@@ -199,9 +199,10 @@ class Placement:
             depth = depths.get(tower, 0)
             for block in self.blocks(tower):
                 if block > depth:
+                    has = f"the {tower} tower has {counted(depth, 'block')}"
                     raise UserError(
-                        f"{what or f'the placement {self}'} names {tower} block {block}, but the "
-                        f"{tower} tower has {counted(depth, 'block')}"
+                        f"{what or f'the placement {self}'} names {tower} block {block}, but "
+                        f"{has if depth else f'there is no {tower} tower'}"
                     )
         return self
 
