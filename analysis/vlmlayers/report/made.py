@@ -10,6 +10,7 @@ from vlmlayers.files import read_toml
 from vlmlayers.report.numbers import Answer
 from vlmlayers.report.payload import metric_entries
 from vlmlayers.report.tables import Table, tabular
+from vlmlayers.runs import file_mark
 from vlmlayers.scores import refusals, score_cost
 
 # Headings of the datasets' table, and the keys of `provenance.json` below them.
@@ -65,6 +66,11 @@ def remarks(answer: Answer) -> list[str]:
             f"What {stage} found is not of the study file shown, which has no table [{stage}]."
             for stage in _beside_study(answer)
         ),
+        *(
+            f"{name} was written anew by a verb since the study shown was run; how stands here, "
+            "not in the study file."
+            for name in _rewritten(answer)
+        ),
     ]
 
 
@@ -75,6 +81,19 @@ def _beside_study(answer: Answer) -> list[str]:
     asked = read_toml(answer.run.study)
     shown = {"search": answer.search, "validate": answer.validation}
     return [stage for stage, found in shown.items() if found and stage not in asked]
+
+
+def _rewritten(answer: Answer) -> list[str]:
+    """Return the files of a study's stages that are others than those its stages wrote."""
+    run, ledger = answer.run, answer.run.read("stages.json")
+    stages = ("score", "search", "select", "validate") if run.study.exists() else ()
+    marks = [ledger.get(stage, {}).get("outputs", {}) for stage in stages]
+    return [
+        name
+        for of in marks
+        for name, mark in of.items()
+        if file_mark(run.folder / name) not in ("", mark)
+    ]
 
 
 def _dataset_tables(answer: Answer) -> list[Table]:

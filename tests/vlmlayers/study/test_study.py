@@ -565,6 +565,11 @@ def test_an_extraction_that_was_stopped_is_told_by_what_goes_on_from_its_stores(
     write_json(copy / "stages.json", {**ledger, "unfinished": {"select": 1.0, "score": 1.0}})
     select_run(copy, "paper", {}, 200, 0)
     assert read_json(copy / "stages.json")["unfinished"] == {"score": 1.0}
+    anew = "was written anew by a verb since the study shown was run"
+    assert anew not in (copy / "report.md").read_text()
+    write_report(copy, formats=("svg",))
+    shown = (copy / "report.md").read_text()
+    assert f"choice.json {anew}" in shown and shown.count(anew) == 1
     (copy / "stages.json").unlink()  # as the single verbs leave a run
     run_study(read_study(file), copy, only=["score"], echo=said.append, **options)
     assert sum(line.startswith("extract") for line in said) == 1
