@@ -41,7 +41,8 @@ def made_tables(answer: Answer) -> list[Table]:
 
 def remarks(answer: Answer) -> list[str]:
     """Return what the run's scores and choice lack or no longer are, a sentence or two each."""
-    left_out, outdated = (answer.provenance.get(name, {}) for name in ("left_out", "outdated"))
+    left_out = answer.provenance.get("left_out", {})
+    outdated = {**_stopped(answer), **answer.provenance.get("outdated", {})}
     return [
         *(f"Left out: {name}. {reason}" for name, reason in left_out.items()),
         *(
@@ -81,6 +82,18 @@ def _beside_study(answer: Answer) -> list[str]:
     asked = read_toml(answer.run.study)
     shown = {"search": answer.search, "validate": answer.validation}
     return [stage for stage, found in shown.items() if found and stage not in asked]
+
+
+def _stopped(answer: Answer) -> dict[str, list[str]]:
+    """Return the stages that were stopped since they last finished and whose results are shown."""
+    always = dict.fromkeys(("extract", "score", "select"), True)
+    shown = {**always, "search": answer.search, "validate": answer.validation}
+    ledger = answer.run.read("stages.json") if answer.run.study.exists() else {}
+    return {
+        stage: []
+        for stage in ledger.get("unfinished", {})
+        if stage not in ledger and shown.get(stage)
+    }
 
 
 def _rewritten(answer: Answer) -> list[str]:

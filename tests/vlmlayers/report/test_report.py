@@ -346,6 +346,21 @@ def test_a_choice_by_an_own_rule_from_other_scores_is_told(tmp_path: Path) -> No
     assert "blocks 10–12 of the text tower" in written(run)
 
 
+def test_a_validation_before_one_that_was_stopped_is_told(tmp_path: Path) -> None:
+    """Its study may have asked for other trainings than lie there."""
+    run = make_run(tmp_path / "run", small=True, validated=True)
+    run.study.write_text("[validate]\nshots = 4\n")
+    told = "Stage validate did not finish on the study file shown; what follows is of what lay"
+    stopped = {"unfinished": {"validate": 2.0, "train": 1.0}}
+    for ledger, said in ((stopped, True), ({**stopped, "validate": {"inputs": {}}}, False)):
+        write_json(run.folder / "stages.json", ledger)
+        found = remarks(read_answer(run.folder))
+        assert any(one.startswith(told) for one in found) == said and len(found) == said
+    run.validation.unlink()
+    write_json(run.folder / "stages.json", stopped)
+    assert not remarks(read_answer(run.folder)), "nothing is shown of it"
+
+
 @pytest.mark.parametrize("void", [False, True])
 def test_a_validation_of_another_model_is_left_out(tmp_path: Path, void: bool) -> None:
     """A run that is extracted from other weights keeps its trainings, which prove nothing now."""
