@@ -42,7 +42,7 @@ CURVES = (
     "fisher_ratio",
 )
 GAPS = ("centroid_gap", "rmg")
-# Files of the figures below: those that a report no longer draws show what was there before.
+# Files of the figures below: those that a report does not draw anew show what was there before.
 OURS = re.compile(
     r"((curves|gap|agreement|datasets)-.+|selection-frequency|placement-sweep|amount|cost|"
     r"predicted-trained)\.(svg|png|pdf|csv)"
@@ -140,10 +140,12 @@ def draw_figures(
         UserError: A format is unknown, or a page can show none of them.
     """
     check_shown(formats)
-    drawn = list(_drawn(answer, formats, metrics))
-    kept = {path for figure in drawn for path in figure.files}
-    for path in {*answer.run.figures.glob("*.*")} - kept:
-        if OURS.fullmatch(path.name):
+    run, drawn = answer.run, list(_drawn(answer, formats, metrics))
+    # What was drawn since these were written, in another format, stays.
+    made = (run.scores, run.choice, run.validation)
+    newest = max(path.stat().st_mtime_ns for path in made if path.exists())
+    for path in run.figures.glob("*.*"):
+        if OURS.fullmatch(path.name) and path.stat().st_mtime_ns < newest:
             path.unlink()
     return drawn
 

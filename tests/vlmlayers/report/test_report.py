@@ -465,6 +465,9 @@ def test_a_report_leaves_no_figure_of_scores_that_are_gone(tmp_path: Path) -> No
     assert {"gap-centroid-gap.svg", "gap-centroid-gap.csv"} <= before - now
     assert "mine.svg" in now and not any(name.endswith(".pdf") for name in now), "as not drawn anew"
     assert "gap-centroid-gap" not in text
+    (run.figures / "curves-class-accuracy.pdf").write_text("drawn since, by the verb figures")
+    written(run)
+    assert (run.figures / "curves-class-accuracy.pdf").exists()
 
 
 def test_every_figure_has_its_table_and_alt_text(validated: Run) -> None:
