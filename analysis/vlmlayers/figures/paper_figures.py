@@ -208,9 +208,8 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
         ax.margins(x=0.12, y=0.1)
         score = points.score.iloc[0].replace("_x_", " × ").replace("_", " ")
         ax.set_xlabel(f"Predicted: {score}")
-        tau, p = points[["tau", "p"]].iloc[0]
-        n = len(points)
-        ranked = f"Kendall's τ = {tau:.2f} (p = {p:.2g}, n = {n})".replace("-", "−")
+        tau, n = points.tau.iloc[0], len(points)
+        ranked = f"Kendall's τ = {tau:.2f} (n = {n})".replace("-", "−")
         if pd.isna(tau):
             ranked = f"no Kendall's τ, as all are equal (n = {n})"
         finish(ax, f"{name}\n{ranked}")
@@ -221,7 +220,7 @@ def fig5_predicted_vs_trained(tables: Folders, out: Path) -> list[Path]:
     cells = [part for _, part in models]
     caption = trained(
         "Quality predicted from the scores against the trained harmonic mean, one point per "
-        f"placement{mean_over(cells, 'dataset', 'seed')}. p: two-sided, by permutation, of τ = 0",
+        f"placement{mean_over(cells, 'dataset', 'seed')}",
         pd.concat(cells), doubts)  # fmt: skip
     return save(figure, out, "fig5_predicted_vs_trained", drawn, caption)
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-from scipy.stats import kendalltau
 
 import vlmlayers.figures
 from vlmlayers.errors import UserError
@@ -1136,7 +1134,7 @@ def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_p
     means = outcomes.placement_means(spans)
     rising = outcomes.predicted_means(score_rows(), means)
     assert rising.tau.unique().tolist() == pytest.approx([1.0])
-    assert rising.p.unique().tolist() == pytest.approx([2 / 24]), "of 4! orders these two"
+    assert "p" not in rising, "placements share blocks: validate alone knows what chance is"
     falling = outcomes.predicted_means(score_rows(), means.assign(hm=-means.hm))
     assert falling.tau.unique().tolist() == pytest.approx([-1.0])
     assert rising.short.tolist() == ["2–4", "1–4", "3–4", "4"], "the published one leads"
@@ -1148,11 +1146,7 @@ def test_figure_5_predicts_with_the_scores_of_the_same_model(tables: Path, tmp_p
     with pytest.raises(MissingTable, match="say nothing of a tower that was trained"):
         outcomes.predicted_means(scores, images)
     tied = outcomes.predicted_means(score_rows(), means.assign(hm=means.hm.clip(*means.hm[:2])))
-    pairs = [tied.predicted.to_numpy(), tied.hm.to_numpy()]
-    null = [kendalltau(list(one), pairs[1]).statistic for one in permutations(pairs[0])]
-    true = np.mean(np.abs(null) > abs(kendalltau(*pairs).statistic) - 1e-9)
-    assert tied.p.unique().tolist() == pytest.approx([true], abs=0.02)
-    assert kendalltau(*pairs).pvalue < true - 0.1, "a normal p is too small with ties"
+    assert tied.tau.unique().tolist() == pytest.approx([3 / np.sqrt(6 * 3)]), "three alike"
     shutil.copy(tables / "scores.csv", tmp_path / "scores.csv")
     validation_rows("another").to_csv(tmp_path / "validation.csv", index=False)
     with pytest.raises(MissingTable, match="no model has both"):
