@@ -56,6 +56,14 @@ def remarks(answer: Answer) -> list[str]:
             else []
         ),
         *(
+            [
+                "How the scored features were extracted is not known: provenance.json is of a "
+                f"later extraction, by {found}."
+            ]
+            if (found := answer.foreign_extraction)
+            else []
+        ),
+        *(
             f"The study file shown is not what stage {stage} ran on: when the study was last run, "
             f"without that stage, these had changed: {', '.join(parts)}."
             if parts

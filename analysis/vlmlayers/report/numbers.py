@@ -40,6 +40,8 @@ from vlmlayers.selection.choice import OFTEN, not_of
 from vlmlayers.selection.curves import BlockTable
 from vlmlayers.words import inside, percent
 
+# What `extract` records of itself in `provenance.json`.
+EXTRACTED = ("model", "datasets", "extract", "given", "left_out", "seed")
 FARTHEST = 4  # datasets whose zero-shot margin the answer lists
 FIRM = f"in at least {percent(OFTEN)} of the resamples"
 
@@ -56,6 +58,7 @@ class Answer:
         validation: What training found, or None.
         attributes: Attributes of the score table: cost, refusals, protocol.
         foreign_validation: Of which model training was, where not of the scores'; else empty.
+        foreign_extraction: The same of the last extraction, whose provenance is then left out.
     """
 
     run: Run
@@ -65,6 +68,7 @@ class Answer:
     validation: RecordedValidation | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
     foreign_validation: str = ""
+    foreign_extraction: str = ""
 
     @cached_property
     def depths(self) -> dict[str, int]:
@@ -508,8 +512,13 @@ def read_answer(run: Run | str | Path) -> Answer:
     found = run if isinstance(run, Run) else Run.open(run)
     found.require_choice()
     scores, provenance = read_scores(found.folder), found.read_provenance()
-    known = provenance.get("model", {}).get("weights_hash", "")
+    extracted = provenance.get("model", {})
+    known = extracted.get("weights_hash", "")
     ours = [*scores[["model", "weights"]].iloc[0], scores.attrs.get("weights_hash", known)]
+    other = ""
+    if known and known != ours[-1]:
+        other = f"{extracted.get('name')} ({extracted.get('weights')}, {known[:12]})"
+        provenance = {key: one for key, one in provenance.items() if key not in EXTRACTED}
     foreign = not_of(validated(found), *map(str, ours))
     return Answer(
         found,
@@ -519,6 +528,7 @@ def read_answer(run: Run | str | Path) -> Answer:
         None if foreign else RecordedValidation.read(found),
         {str(name): value for name, value in scores.attrs.items()},
         foreign,
+        other,
     )
 
 

@@ -41,7 +41,7 @@ from vlmlayers.report.tables import (
 )
 from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.runs import Run
-from vlmlayers.scores import write_scores
+from vlmlayers.scores import read_scores, write_scores
 from vlmlayers.selection import LayerChoice, select
 from vlmlayers.study.demo import summary
 from vlmlayers.words import clauses, escape_markdown, markdown_table, percent, text_table
@@ -380,6 +380,23 @@ def test_a_validation_of_another_model_is_left_out(tmp_path: Path, void: bool) -
         assert told == (not why)
         text = written(run)
         assert (f"Left out: the training in validation.csv, which is {why}" in text) == bool(why)
+
+
+def test_how_a_later_extraction_was_made_is_not_shown_as_that_of_the_scores(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", small=True)
+    scores = read_scores(run.folder)
+    made = {"device": "cuda of the later one", "items": 77}
+    run.record(model=read_json(run.provenance)["model"] | {"name": "big", "weights": "w"},
+               extract=made)  # fmt: skip
+    said = "provenance.json is of a later extraction, by big (w, abc)."
+    for digits, later in (("", False), ("abc", False), ("cba", True)):
+        scores.attrs |= {"weights_hash": digits} if digits else {}
+        write_scores(scores, run.folder)
+        answer = read_answer(run.folder)
+        assert any(one.endswith(said) for one in remarks(answer)) is later
+        text = written(run)
+        for shown in (made["device"], "8,500,000", "blocks of width 128", "&lt;img src=x"):
+            assert (shown in text) is not later, shown
 
 
 def test_a_validation_of_another_choice_is_told(tmp_path: Path) -> None:
