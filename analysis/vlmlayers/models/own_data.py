@@ -44,6 +44,7 @@ LOG = logging.getLogger(__name__)
 NAME = "own data"
 _IMAGES = ("image", "img", "pixel_values", "jpg", "png")
 _LABELS = ("label", "labels", "target", "fine_label", "cls")
+TWICE = 8  # rows; a flip of every second image escapes 8 of them once in 256 times
 _SEVERAL = ", ".join(("PIL images", "arrays", "(image, label) pairs"))
 
 
@@ -292,6 +293,7 @@ def _sequence(data: Any, progress: bool) -> _Held:
     known = [label is not None for label in labels]
     if any(known) and not all(known):
         raise UserError(f"image {known.index(False)} has no label, others have")
+    _tell_random(lambda row: _parts(data[row], row)[0], marks[:TWICE])
     inner = getattr(data, "dataset", data)
     return _Held(
         partial(_of_sequence, data),
@@ -299,6 +301,18 @@ def _sequence(data: Any, progress: bool) -> _Held:
         labels if known and all(known) else None,
         getattr(data, "classes", None) or getattr(inner, "classes", None) or (),
     )
+
+
+def _tell_random(read: Callable[[int], Any], marks: Sequence[str]) -> None:
+    """Warn where images read again are others, as behind a transform that augments."""
+    differ = [row for row, mark in enumerate(marks) if _mark(read(row)) != mark]
+    if differ:
+        LOG.warning(
+            "image %d is another one each time it is read, as a transform that augments makes it; "
+            "features are then of what was drawn, and no store of them is found again: give the "
+            "data without it",
+            differ[0],
+        )
 
 
 def _parts(sample: Any, row: int) -> tuple[Any, Any]:
@@ -352,15 +366,23 @@ def _hugging_face(data: Any) -> _Held:
         )
     label = label or next(iter(classes), None)
     captions = next((key for key in ("caption", "captions", "text") if key in kinds), None)
+    if len(data) and data.format["type"] == "custom":  # a transform, such as one of a training
+        if image not in data[0]:
+            raise UserError(
+                f"the transform of the data leaves no column {image!r}; give data.with_format(None)"
+            )
+        first = [_mark(data[row][image]) for row in range(min(TWICE, len(data)))]
+        _tell_random(lambda row: data[row][image], first)
+    plain = data.with_format(None)  # a transform would run on every image for its label alone
     names = getattr(data.features[label], "names", ()) if label else ()
     return _Held(
         partial(_of_table, data, image),
         # A fingerprint of content and transforms, which spares reading all images.
         tuple(f"{data._fingerprint} {row}" for row in range(len(data))),
-        list(data[label]) if label else None,
+        list(plain[label]) if label else None,
         names,
         str(getattr(data.info, "dataset_name", "") or ""),
-        [_texts_of(one, row) for row, one in enumerate(data[captions])] if captions else None,
+        [_texts_of(one, row) for row, one in enumerate(plain[captions])] if captions else None,
         unread=[key for key in kinds if key not in (image, label, captions)],
     )
 

@@ -323,6 +323,32 @@ def test_tensors_of_pixels_that_no_mean_was_taken_off_are_told(caplog):
     assert "ToTensor" not in caplog.text, "this model takes no mean off"
 
 
+@pytest.mark.parametrize("holder", ["torch", "hugging face"])
+def test_images_that_are_others_each_time_are_told(holder, caplog):
+    """A transform of a training augments; its dataset is what is at hand in a notebook."""
+    drawn = np.random.default_rng(0)
+
+    def flip(pixels):
+        return Image.fromarray(pixels[:, ::-1] if drawn.random() < 0.5 else pixels)
+
+    def of(change):
+        if holder == "torch":
+            return Pairs(change)
+        images = [Image.fromarray(one) for one in PIXELS]
+        table = datasets.Dataset.from_dict({"image": images, "label": LABELS})
+        return table.cast_column("image", datasets.Image()).with_transform(
+            lambda rows: {"image": [change(np.asarray(one)) for one in rows["image"]]}
+        )
+
+    assert [one.label for one in own_data(of(Image.fromarray)).listed] == LABELS
+    assert not caplog.messages
+    if holder == "hugging face":
+        with pytest.raises(vl.UserError, match="leaves no column 'image'; give data.with_format"):
+            own_data(of(Image.fromarray).with_transform(lambda rows: {"pixels": rows["image"]}))
+    own_data(of(flip))
+    assert "is another one each time it is read, as a transform that augments" in caplog.text
+
+
 PART = torch.utils.data.SubsetRandomSampler([0, 2, 4])
 IN_ORDER = torch.utils.data.SequentialSampler(PIXELS)
 
