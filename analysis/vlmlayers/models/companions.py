@@ -29,6 +29,7 @@ from vlmlayers.models.vlm import hash_weights
 LOG = logging.getLogger(__name__)
 _OPENAI_TOKENS = 49408
 _PROBE = 96  # side of the image that a transform is known by
+_DRAWS = 8  # of a random transform: one that flips makes them all alike once in 128 times
 # Processors of families whose settings follow from the model's where it came without its own.
 _PROCESSORS = {"clip": "CLIP", "metaclip_2": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}
 
@@ -145,22 +146,29 @@ def described(transform: Callable[..., Any]) -> dict[str, Any]:
 
     The text is without where it lies in memory. It says nothing of what is inside a function, as
     the hash does: of what the transform makes of one image, which is drawn by code.
+
+    Raises:
+        UserError: It makes another one each time.
     """
-    return {
-        "transform": re.sub(" at 0x[0-9a-f]+", "", str(transform)),
-        "makes": _made_by(transform),
-    }
+    made, *again = (_made_by(transform, seed) for seed in range(_DRAWS))
+    if set(again) != {made}:
+        raise UserError(
+            "preprocess makes something else of the same image each time, as a training transform "
+            "does; give the evaluation transform: of what open_clip.create_model_and_transforms "
+            "returns, the last"
+        )
+    return {"transform": re.sub(" at 0x[0-9a-f]+", "", str(transform)), "makes": made}
 
 
-def _made_by(transform: Callable[..., Any]) -> str:
+def _made_by(transform: Callable[..., Any], seed: int) -> str:
     """Return a hash of what a transform makes of one image; empty where it takes none such."""
     pixels = np.random.default_rng(0).integers(0, 256, (_PROBE, _PROBE, 3), np.uint8)
     own = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        # A random one makes the same each time, and moves no state of the caller's.
-        with seeded(0):
-            random.seed(0)
-            np.random.seed(0)  # noqa: NPY002 from which transforms of others draw
+        # A random one draws as the seed says, and moves no state of the caller's.
+        with seeded(seed):
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 from which transforms of others draw
             made = transform(Image.fromarray(pixels))
         if not isinstance(made, Tensor):
             return ""

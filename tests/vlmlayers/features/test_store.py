@@ -299,19 +299,25 @@ def test_functions_of_one_name_that_prepare_otherwise_are_told_apart(tmp_path):
         run(tmp_path / "s", model=prepared(0.5))
 
 
-def test_a_transform_is_known_by_what_it_makes_and_nothing_moves():
-    def random_crop(image):
-        size = int(torch.randint(8, 33, ())) + random.randint(0, 9) + np.random.randint(9)
-        return tiny.preprocess(image.resize((size, size)))
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: int(torch.randint(2, ())),
+        lambda: random.randint(0, 1),
+        lambda: np.random.randint(2),
+    ],
+)
+def test_a_transform_that_draws_is_refused_and_nothing_moves(draw):
+    """As that of a training, which `create_model_and_transforms` returns before the other."""
 
-    made = []
-    for seed in (1, 2):
-        torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
-        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-        made.append(described(random_crop)["makes"])
-        assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
-        assert (np.random.get_state()[1] == before[2]).all()
-    assert made[0] == made[1] != ""
+    def flip(image):
+        return tiny.preprocess(image).flip(-1) if draw() else tiny.preprocess(image)
+
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    with pytest.raises(UserError, match="something else of the same image each time.*the last"):
+        described(flip)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
     assert described(lambda image: image["pixels"])["makes"] == ""
 
 

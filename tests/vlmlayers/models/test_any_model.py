@@ -146,6 +146,8 @@ def test_what_open_clips_factory_returns_is_a_model():
     assert model.preprocess_train is made[1]
     texts = ["a cat"]
     assert torch.equal(model.tokenizer(texts), open_clip.get_tokenizer("ViT-S-32-alt")(texts))
+    with pytest.raises(vl.UserError, match="as a training transform does; give the evaluation"):
+        wrap_model(made[0], made[1])
     with pytest.raises(vl.UserError, match="this has 1 parts"):
         wrap_model((made[0],))
     # Or scores, figures and reports, which go by the name of the weights, would not say so.
