@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from typing import Annotated, Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator
 
 from vlmlayers.arguments import Takes, checked
+from vlmlayers.words import counted
 
 K = TypeVar("K", bound=Hashable)
 TEMPLATE = "a photo of a {}."
@@ -29,6 +31,7 @@ def _one_place(text: Any) -> Any:
     return text
 
 
+_CODE = re.compile(r"n\d{8}|\d+")  # an id of WordNet, or a number
 _SHOWN = 5  # groups of classes with one prompt that are named
 _WORDS = "holding '{}' exactly once and no other brace"
 # One type for both: `Takes` is read where calls are checked, the validator where documents are.
@@ -77,3 +80,20 @@ def alike(class_names: Iterable[str]) -> tuple[str, ...]:
     shown = [", ".join(repr(name[:80]) for name in names) for names in several[:_SHOWN]]
     listed = "; ".join([*shown, *(["…"] if len(several) > _SHOWN else [])])
     return (f"classes with one prompt, which text cannot tell apart: {listed}",) if several else ()
+
+
+def remarks_on(class_names: Iterable[str]) -> tuple[str, ...]:
+    """Return remarks on classes that have one prompt, and on names that are codes.
+
+    Folders of ImageNet and its parts are named by ids of WordNet, those of others by numbers.
+    """
+    names = list(class_names)
+    coded = [name for name in names if _CODE.fullmatch(name)]
+    if 2 * len(coded) <= len(names):
+        return alike(names)
+    return (
+        *alike(names),
+        f"{len(coded)} of {counted(len(names), 'class')} are named by a code, such as "
+        f"{coded[0]!r}, which says little to a text tower unless images show it; name them in "
+        "words by class_names, in the order of the codes",
+    )

@@ -27,7 +27,7 @@ from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.place import MissingData, Place, Root, data_root
 from vlmlayers.manifests.schema import Spec
 from vlmlayers.progress import track
-from vlmlayers.prompts import alike, class_prompts
+from vlmlayers.prompts import class_prompts, remarks_on
 from vlmlayers.runs import is_first_process
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class Manifest:
 
     def _remarks(self, layout: Layout) -> tuple[str, ...]:
         names = self._names(layout)
-        return (*layout.remarks(), *alike(name for name in names if name is not None))
+        return (*layout.remarks(), *remarks_on(name for name in names if name is not None))
 
     def _named(self, items: list[Item], layout: Layout) -> list[Item]:
         """Apply renames and filters; labels close up where classes are left out."""

@@ -27,7 +27,7 @@ from vlmlayers.models.recording import Recorder
 from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
 from vlmlayers.options import takes, validated
-from vlmlayers.prompts import PROMPTED, UNTOLD, alike
+from vlmlayers.prompts import PROMPTED, UNTOLD, remarks_on
 from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
@@ -320,7 +320,7 @@ def _texts(
         if not names:
             raise UserError(f"{manifest.name} has no classes{PROMPTED}")
         # A manifest has said it where its items were listed.
-        for remark in alike(names) if isinstance(manifest, OwnData) else ():
+        for remark in remarks_on(names) if isinstance(manifest, OwnData) else ():
             LOG.warning("%s: %s", manifest.name, remark)
         prompts = tuple(manifest.prompt(name, pattern) for name in names)
         return Texts(options.text, prompts, np.arange(len(names), dtype=np.int64), pattern)

@@ -126,8 +126,9 @@ def test_labels_far_apart_are_closed_up(tmp_path: Path) -> None:
     (tmp_path / "set/metadata.csv").write_text("file_name,label\n1.png,5\n2.png,999999999\n")
     manifest = _manifest(tmp_path / "set")
     assert manifest.class_names() == ("5", "999999999")
-    (remark,) = manifest.remarks()
-    assert remark.startswith("its labels, 5 to 999999999, are counted from 0; ")
+    remark, coded = manifest.remarks()
+    assert remark.startswith("its labels, 5 to 999999999, are counted from 0")
+    assert coded.startswith("2 of 2 classes are named by a code, such as '5'")
 
 
 def test_a_file_with_two_labels_is_refused(tmp_path: Path) -> None:

@@ -537,8 +537,8 @@ def test_labels_of_a_table_are_closed_up(tmp_path: Path) -> None:
     manifest = table_dataset(tmp_path, "t.csv")
     assert manifest.class_names() == ("3", "7", "12")
     counted = "its labels, 3 to 12, are counted from 0"
-    named = "a number is all the name its classes have, in prompts too"
-    assert manifest.remarks() == (f"{counted}; {named}",)
+    found, coded = manifest.remarks()
+    assert found == counted and coded.startswith("3 of 3 classes are named by a code, such as '3'")
     rows = [{"path": f"{n}.jpg", "label": n, "class_name": f"no {n}"} for n in (12, 3, 7)]
     write_table(tmp_path / "named.csv", rows)
     assert table_dataset(tmp_path, "named.csv").remarks() == (counted,)

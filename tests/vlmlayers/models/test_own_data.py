@@ -214,6 +214,27 @@ def test_classes_with_one_prompt_are_named_where_prompts_are_made(caplog):
     assert "classes with one prompt, which text cannot tell apart: 'Ant', 'ant'" in caplog.text
 
 
+def test_names_that_are_codes_are_told_where_prompts_are_made(tmp_path, caplog):
+    """Folders of ImageNet's parts are named by ids of WordNet, whose prompts mean nothing."""
+    said = " classes are named by a code, such as "
+    for row, pixels in enumerate(PIXELS):
+        place = tmp_path / "w" / "train" / f"n0144076{LABELS[row]}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{row}.png")
+    head = 'title = "w"\nfolder = "w"\nlayout = "folder"\n'
+    (tmp_path / "coded.toml").write_text(head)
+    (tmp_path / "named.toml").write_text(f"{head}class_names = {list(NAMES)}\n")
+    worded = list(zip(PIXELS, [NAMES[label] for label in LABELS]))
+    for data, root in ((tmp_path / "named.toml", tmp_path), (worded, None)):
+        vl.extract(MODEL, data, root=root, **QUIET)
+        assert said not in caplog.text
+    own = list(zip(PIXELS, map(str, LABELS)))
+    for data, root, first in ((tmp_path / "coded.toml", tmp_path, "n01440760"), (own, None, "0")):
+        vl.extract(MODEL, data, root=root, **QUIET)
+        assert f"3 of 3{said}{first!r}" in caplog.text
+        caplog.clear()
+
+
 def test_columns_that_are_taken_for_no_classes_are_named(caplog):
     words = table().add_column("species", [NAMES[label] for label in LABELS])
     own_data(words)

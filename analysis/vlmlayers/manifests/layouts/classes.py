@@ -107,10 +107,8 @@ def read_classes(
                 f"{declared[label][:80]!r} by the declared names; put these in its order"
             )
     labels |= {word: label_of[int(key)] for word, key in keys.items() if int(key) in label_of}
-    remarks = []
+    remark = ""
     if any(number != label for number, label in label_of.items()):
-        remarks.append(f"its labels, {numbers[0]} to {numbers[-1]}, are counted from 0")
-    if not declared and any(not names[str(number)] for number in numbers):
-        remarks.append("a number is all the name its classes have, in prompts too")
+        remark = f"its labels, {numbers[0]} to {numbers[-1]}, are counted from 0"
     final = declared or tuple(names[str(n)] or str(n) for n in numbers)
-    return Classes(final, labels, "; ".join(remarks))
+    return Classes(final, labels, remark)
