@@ -41,6 +41,9 @@ def _in_order(given: Any) -> Any:
 
 InOrder = Annotated[Collection[Any], Takes("a sequence in order", convert=_in_order)]
 NamesInOrder = Annotated[Sequence[str], Takes("strings in the order of labels", convert=_in_order)]
+_LOOKED_AT = 8  # images that are in memory
+# Of prepared tensors, a share of values may be beyond white: bicubic resizing of floats overshoots.
+_OVERSHOOT, _FEW = 0.02, 0.01
 _MADE_BY = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "transformers"}
 
 
@@ -199,7 +202,7 @@ def _manifest(
 
 
 def _check_prepared(model: VLM, manifest: Any, items: Sequence[Any]) -> None:
-    """Refuse tensors of another model's shape; warn of those that are pixels still."""
+    """Refuse tensors of another model's shape; warn of those of another preparation, or none."""
     if not isinstance(manifest, OwnData):
         return
     first, wanted = manifest.open_image(items[0]), model.towers["vision"].example(1).shape[1:]
@@ -210,17 +213,32 @@ def _check_prepared(model: VLM, manifest: Any, items: Sequence[Any]) -> None:
             f"floating tensors count as prepared for the model, which takes {tuple(wanted)}; these "
             f"have shape {tuple(first.shape)}: prepare them with model.preprocess, or give pixels"
         )
-    height, width = wanted[-2:]
-    black = model.preprocess(Image.new("RGB", (width, height)))
-    takes_mean_off = isinstance(black, torch.Tensor) and bool(black.min() < 0)
+    side = wanted[-1], wanted[-2]
+    black, white = (model.preprocess(Image.new("RGB", side, grey)) for grey in ("black", "white"))
+    if not isinstance(black, torch.Tensor) or not isinstance(white, torch.Tensor):
+        return
     # A few images: of those that are prepared, hardly one has no pixel below the mean.
-    if takes_mean_off and all(manifest.open_image(item).min() >= 0 for item in items[:8]):
-        LOG.warning(
-            "%s: no value of the tensors is below 0, as ToTensor leaves pixels, and floating "
-            "tensors count as prepared, with the model's mean taken off: prepare them with "
-            "model.preprocess, or give PIL images or arrays",
-            manifest.name,
+    images = map(manifest.open_image, items[:_LOOKED_AT])
+    several = torch.stack([x.float() for x in images if getattr(x, "shape", ()) == wanted])
+    slack = _OVERSHOOT * (white - black).abs()
+    outside = (several < black - slack) | (several > white + slack)
+    why = ""
+    if black.min() < 0 <= several.min():
+        why = (
+            "no value of the tensors is below 0, as ToTensor leaves pixels, and floating tensors "
+            "count as prepared, with the model's mean taken off"
         )
+    elif outside.float().mean() > _FEW:
+        why = (
+            f"the tensors hold values from {several.min():.2f} to {several.max():.2f}, and the "
+            f"model's own preparation makes {black.min():.2f} of black and {white.max():.2f} of "
+            "white: they were prepared with another mean or deviation"
+        )
+    if why:
+        LOG.warning(
+            "%s: %s; prepare them with model.preprocess, or give PIL images or arrays",
+            manifest.name, why,
+        )  # fmt: skip
 
 
 def _towers(model: VLM, manifest: Any, options: ExtractOptions) -> tuple[str, ...]:

@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_tensor
 
 import vlmlayers as vl
 from vlmlayers.manifests import Item
@@ -368,6 +370,28 @@ def test_images_that_are_others_each_time_are_told(holder, caplog):
             own_data(of(Image.fromarray).with_transform(lambda rows: {"pixels": rows["image"]}))
     own_data(of(flip))
     assert "is another one each time it is read, as a transform that augments" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "told"),
+    [
+        ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758), False),
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True),
+    ],
+)
+def test_tensors_that_were_prepared_for_another_model_are_told(mean, deviation, told, caplog):
+    """Values between its black and its white are what a preparation makes."""
+
+    def prepared(pixels, mean, deviation):
+        return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(deviation)[:, None, None]
+
+    def of_clip(image):
+        return prepared(to_tensor(image), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+
+    own = replace(MODEL, preprocess=of_clip)
+    pixels = [torch.from_numpy(one).permute(2, 0, 1) / 255 for one in PIXELS]
+    vl.extract(own, [prepared(one, mean, deviation) for one in pixels], name="ready", **QUIET)
+    assert ("they were prepared with another mean or deviation" in caplog.text) is told
 
 
 PART = torch.utils.data.SubsetRandomSampler([0, 2, 4])
