@@ -195,11 +195,13 @@ def load_method(path: str | Path, model: Any) -> Method:
 
 def _tell_other_images(path: str | Path, info: CheckpointInfo, model: Any) -> None:
     """Warn where images are prepared otherwise than in the training, which weights do not show."""
-    then, now = info.provenance.get("model", {}).get("preprocessing"), model.preprocess_config
+    then, now = info.provenance.get("model", {}).get("preprocessing"), model.preprocessing
     if not then or not now:
         return
-    changed = [key for key in then if then[key] != now.get(key)]
+    changed = [key for key in {**then, "makes": ""} if then.get(key) != now.get(key)]
     if changed:
+        as_stated = {"makes": "what it states"}  # where nothing was put in place of the model's own
+        then, now = {**as_stated, **then}, {**as_stated, **now}
         told = ", ".join(f"{key} {then[key]} then and {now.get(key)} now" for key in changed)
         LOG.warning(
             "%s was trained on images prepared otherwise (%s); load the backbone with the same",

@@ -154,6 +154,8 @@ def test_images_prepared_otherwise_than_in_the_training_are_told(
     assert not caplog.messages
     load_method(path, replace(model, preprocess_config={**model.preprocess_config, "std": [1, 2]}))
     assert "prepared otherwise (std " in caplog.text and "[1, 2] now" in caplog.text
+    load_method(path, replace(model, preprocess=lambda image: model.preprocess(image) / 2))
+    assert "prepared otherwise (makes what it states then and " in caplog.text
 
 
 def test_another_precision_than_in_the_training_is_told(

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 from open_clip.hf_model import HFTextEncoder
-from PIL import Image
 from torch import Tensor, nn
 
 from vlmlayers.architectures import title_of
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import hub_folder
 from vlmlayers.models.folders import LOCALLY
-from vlmlayers.models.modes import seeded
 from vlmlayers.models.tokenizers import HubTokenizer
 from vlmlayers.models.transformers_towers import pack
-from vlmlayers.models.vlm import hash_weights
+from vlmlayers.models.vlm import made_by
 
 LOG = logging.getLogger(__name__)
 _OPENAI_TOKENS = 49408
-_PROBE = 96  # side of the image that a transform is known by
 _DRAWS = 8  # of a random transform: one that flips makes them all alike once in 128 times
 # Processors of families whose settings follow from the model's where it came without its own.
 _PROCESSORS = {"clip": "CLIP", "metaclip_2": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}
@@ -150,7 +145,7 @@ def described(transform: Callable[..., Any]) -> dict[str, Any]:
     Raises:
         UserError: It makes another one each time.
     """
-    made, *again = (_made_by(transform, seed) for seed in range(_DRAWS))
+    made, *again = (made_by(transform, seed) for seed in range(_DRAWS))
     if set(again) != {made}:
         raise UserError(
             "preprocess makes something else of the same image each time, as a training transform "
@@ -158,27 +153,6 @@ def described(transform: Callable[..., Any]) -> dict[str, Any]:
             "returns, the last"
         )
     return {"transform": re.sub(" at 0x[0-9a-f]+", "", str(transform)), "makes": made}
-
-
-def _made_by(transform: Callable[..., Any], seed: int) -> str:
-    """Return a hash of what a transform makes of one image; empty where it takes none such."""
-    pixels = np.random.default_rng(0).integers(0, 256, (_PROBE, _PROBE, 3), np.uint8)
-    own = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        # A random one draws as the seed says, and moves no state of the caller's.
-        with seeded(seed):
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 from which transforms of others draw
-            made = transform(Image.fromarray(pixels))
-        if not isinstance(made, Tensor):
-            return ""
-        return hash_weights({"image": made})[:16]
-    except Exception as error:  # noqa: BLE001 of the user's code, which may take other images
-        LOG.info("what is made of an image is not part of the identity: %s", one_line(error))
-        return ""
-    finally:
-        random.setstate(own[0])
-        np.random.set_state(own[1])  # noqa: NPY002
 
 
 def _of_open_clip(clip: Any) -> Callable[[list[str]], Tensor]:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from html import escape
 from typing import Annotated, Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vlmlayers.arguments import Takes
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import checksum
+from vlmlayers.models.modes import seeded
 from vlmlayers.models.tokenizers import tokens_mark
 from vlmlayers.models.tower import Towers
 from vlmlayers.models.towers import find_towers
 from vlmlayers.models.wrappers import unwrapped
 from vlmlayers.words import counted
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -37,6 +44,8 @@ class VLM:
         random_weights: Whether nothing was loaded.
         precision: Data type of the weights.
         preprocess_config: What the evaluation transform does; part of the cache's identity.
+        preprocess_makes: What this transform makes of one image, by its hash; looked at where None.
+            Another transform put in its place is known by it.
         towers: `{"vision": Tower, "text": Tower}`; an image model alone has no text tower.
         adapter_hash: Hash of an adapter that is attached permanently; part of `weights_hash`.
         trained_on: The dataset that this adapter was trained on, as far as it says.
@@ -51,6 +60,7 @@ class VLM:
     random_weights: bool = False
     precision: str = "fp32"
     preprocess_config: Mapping[str, Any] = field(default_factory=dict)
+    preprocess_makes: str | None = field(default=None, repr=False)
     towers: Towers = field(init=False)
     adapter_hash: str = field(default="", init=False)
     trained_on: str = field(default="", init=False)
@@ -60,6 +70,8 @@ class VLM:
     def __post_init__(self) -> None:
         self.clip = unwrapped(self.clip)
         self.towers = Towers(find_towers(self.clip))
+        if self.preprocess_makes is None:
+            self.preprocess_makes = made_by(self.preprocess)
 
     @property
     def device(self) -> torch.device:
@@ -103,10 +115,17 @@ class VLM:
             "weights_hash": self.weights_hash,
             "structure": structure_of(self.clip),
             "weights_precision": self.precision,
-            "preprocessing": dict(self.preprocess_config),
+            "preprocessing": self.preprocessing,
             "device": self.device.type,
             "mode": "eval",
         }
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done to images, and what that makes of one where `preprocess` was replaced."""
+        made = made_by(self.preprocess)
+        replaced = {} if made == self.preprocess_makes else {"makes": made}
+        return {**self.preprocess_config, **replaced}
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Return the token ids of texts, (text, context).
@@ -190,6 +209,7 @@ _SETTINGS = (
 # which old files call 2.
 _USUAL = {"text_pool_type": ("argmax",), "eos_token_id": (2, 49407)}
 _IDLE = ("Identity", "Dropout", "PatchDropout", "DropPath")  # of no effect in eval mode
+_PROBE = 96  # side of the image that a transform is known by
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
@@ -274,3 +294,24 @@ def hash_weights(state: Mapping[str, Tensor]) -> str:
             yield value.reshape(-1).view(torch.uint8).numpy().data
 
     return checksum(parts())
+
+
+def made_by(transform: Callable[..., Any], seed: int = 0) -> str:
+    """Return a hash of what a transform makes of one image; empty where it takes none such."""
+    pixels = np.random.default_rng(0).integers(0, 256, (_PROBE, _PROBE, 3), np.uint8)
+    own = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        # A random one draws as the seed says, and moves no state of the caller's.
+        with seeded(seed):
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 from which transforms of others draw
+            made = transform(Image.fromarray(pixels))
+        if not isinstance(made, Tensor):
+            return ""
+        return hash_weights({"image": made})[:16]
+    except Exception as error:  # noqa: BLE001 of the user's code, which may take other images
+        LOG.info("what is made of an image is not part of the identity: %s", one_line(error))
+        return ""
+    finally:
+        random.setstate(own[0])
+        np.random.set_state(own[1])  # noqa: NPY002

@@ -284,6 +284,23 @@ def test_other_preprocessing_is_told_apart(store):
         run(store, model=other)
 
 
+def test_a_transform_in_place_of_the_models_own_is_told_apart(store):
+    """What the model's configuration says of its own is then not what is done."""
+
+    def own(image):
+        return tiny.preprocess(image)
+
+    def darker(image):
+        return tiny.preprocess(image) - 0.5
+
+    assigned = tiny.model()
+    assigned.preprocess = darker
+    for other in (assigned, replace(tiny.model(), preprocess=darker)):
+        with pytest.raises(UserError, match=r"preprocessing.makes is '[0-9a-f]{16}' there, "):
+            run(store, model=other)
+    assert len(run(store, model=replace(tiny.model(), preprocess=own)).vision) == 22
+
+
 def test_functions_of_one_name_that_prepare_otherwise_are_told_apart(tmp_path):
     """As of a cell of a notebook that was changed and run again."""
 
