@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from backbones import shared_backbone, some_images
-from stepping import TASK, assert_same_step, built, first_step
+from stepping import assert_same_step, built, first_step
 from torch.nn import functional as F
 
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
-from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.files import load_official, save_official
 from vlmadapters.methods.head_configs import CLIPAdapterConfig
 from vlmlayers.errors import UserError
 
@@ -73,20 +73,6 @@ def test_initial_weights_are_drawn_as_torch_draws_them_and_leave_its_state_alone
         bound = value.shape[1] ** -0.5
         assert torch.equal(value, other), name
         assert 0.8 * bound < float(value.detach().abs().max()) <= bound
-
-
-def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
-    model = shared_backbone()
-    for config in CONFIGS[:2]:
-        method, _ = built(config)
-        path = save_method(tmp_path / "ours", method, model, TASK)
-        theirs = save_official(tmp_path / "theirs.pth.tar", method)
-        found = [load_method(path, model), load_official(theirs, model, config)]
-        found.append(load_official(theirs, model, method="clipadapter"))
-        assert found[0].config == config
-        for one in found:
-            for name, value in method.named_parameters():
-                assert torch.equal(one.get_parameter(name), value)
 
 
 def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:

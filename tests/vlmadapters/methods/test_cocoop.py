@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
-from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.files import load_official
 from vlmadapters.methods import cocoop
 from vlmadapters.methods.cocoop import CoCoOp
 from vlmadapters.methods.configs import CoCoOpConfig, CoOpConfig
@@ -80,16 +80,6 @@ def test_the_network_narrows_to_a_sixteenth_and_is_drawn_from_the_seed_alone() -
         "meta_net.linear2.weight": (width, hidden),
         "meta_net.linear2.bias": (width,),
     }
-
-
-def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
-    model, (method, backbone) = shared_backbone(), built(CONFIGS[0])
-    paths = save_method(tmp_path / "ours", method, model, TASK), tmp_path / "theirs.pth.tar"
-    save_official(paths[1], method)
-    step = step_of(method, backbone)
-    expected = method.loss(step)
-    for again in (load_method(paths[0], model), load_official(paths[1], model, method="cocoop")):
-        torch.testing.assert_close(again.loss(step), expected)
 
 
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:

@@ -9,11 +9,24 @@ import pytest
 import torch
 from backbones import shared_backbone
 from stepping import TASK, first_step
+from stepping import built as built_of
 
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
+from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, load_official, save_method, save_official
 from vlmadapters.methods import BUILT_IN, METHODS
+from vlmadapters.methods.config import MethodConfig
+from vlmadapters.methods.configs import CoCoOpConfig, LASPConfig, ProDAConfig
+from vlmadapters.methods.deep_configs import (
+    CLIPLoRAConfig,
+    IVLPConfig,
+    LwEIBConfig,
+    MaPLeConfig,
+    PromptSRCConfig,
+    RPOConfig,
+)
+from vlmadapters.methods.head_configs import CLIPAdapterConfig
 from vlmlayers.errors import UserError
 
 # What keeps two steps alike: no dropout, whose draws follow the shapes that savings cut.
@@ -98,3 +111,57 @@ def test_a_file_of_the_authors_layout_is_read_by_its_method_alone(
         with pytest.raises(UserError, match=f"another method than {title}: it holds") as refused:
             load_official(path, model, method=other, task=TASK)
         assert METHODS.config(name).title in str(refused.value)
+
+
+# Settings of which a file of the authors' layout tells what the second part names.
+TOLD: list[tuple[MethodConfig, tuple[str, ...]]] = [
+    (CLIPAdapterConfig(), ("placement",)),
+    (CLIPAdapterConfig(ratio=0.6, text_ratio=0.3, reduction=2), ("placement",)),
+    (CLIPLoRAConfig((1, 2, 3), (1, 2, 3)), ("placement", "alpha")),
+    (CLIPLoRAConfig((2,), (3,), matrices=("o", "q"), rank=3, alpha=2.0), ("placement", "alpha")),
+    (CLIPLoRAConfig((1, 3), (), matrices=("v",)), ("placement", "alpha")),
+    (CLIPLoRAConfig((), (2, 3), matrices=("k", "v", "o")), ("placement", "alpha")),
+    (CoCoOpConfig(), ("placement",)),
+    (IVLPConfig((1, 2, 3), (1, 2, 3)), ("placement", "vision_length", "text_length")),
+    (LwEIBConfig((2,), (1, 3)), ("placement",)),
+    (LwEIBConfig((1, 3), ()), ("placement",)),
+    (LwEIBConfig((), (2,)), ("placement",)),
+    (MaPLeConfig((1, 2, 3), (1, 2, 3)), ("placement", "length")),
+    (MaPLeConfig((1,), (1,), length=3), ("placement", "length")),
+    (ProDAConfig(prompts=8, group=4, length=3), ("placement", "prompts", "length")),
+    (PromptSRCConfig((1, 2), (1, 2), templates=("a photo of a {}.",)), ("placement",)),
+]
+# Of these a file does not tell all that it is read by: words, depth, or blocks without vectors.
+UNTOLD: list[MethodConfig] = [
+    LASPConfig((1, 2, 3), templates=("a photo of a {}.", "itap of the {}.")),
+    MaPLeConfig((2, 3), (1, 3), length=5, words=""),
+    RPOConfig((1, 2, 3), (1, 2, 3), pairs=3),
+]
+DESCRIBED = tuple((name, (f"It is a {name}.",)) for name in TASK.class_names)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [*TOLD, *((config, ()) for config in UNTOLD)],
+    ids=lambda one: f"{one.name} {one.placement}" if isinstance(one, MethodConfig) else "",
+)
+def test_files_of_both_layouts_bring_back_the_method(
+    config: MethodConfig, told: tuple[str, ...], tmp_path: Path
+) -> None:
+    task = Task(TASK.class_names, descriptions=DESCRIBED)
+    model, (method, _) = shared_backbone(), built_of(config, task=task)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # away from a start that may be 0
+        for value in method.parameters():
+            value.add_(torch.randn(value.shape, generator=generator))
+    ours = load_method(save_method(tmp_path / "ours", method, model, task), model)
+    assert ours.config == config
+    path = save_official(tmp_path / "theirs.pth.tar", method)
+    found = [ours, load_official(path, model, config)]
+    if told:
+        found.append(load_official(path, model, method=config.name))
+        for name in told:
+            assert getattr(found[-1].config, name) == getattr(config, name)
+    for one in found:
+        for name, value in method.named_parameters():
+            assert torch.equal(one.get_parameter(name), value)

@@ -12,7 +12,7 @@ from stepping import TASK, assert_same_step, built, first_step
 from torch import Tensor
 
 from vlmadapters.clip.savings import Savings
-from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.files import load_official, save_official
 from vlmadapters.methods.deep_configs import IVLPConfig
 from vlmadapters.methods.ivlp import IVLP
 from vlmadapters.methods.mma.config import MMAConfig
@@ -123,14 +123,9 @@ def test_recipes_have_the_published_number_of_parameters(recipe: str, parameters
     assert vision + len(config.text) * config.text_length * 512 == parameters
 
 
-def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
+def test_files_of_the_authors_may_hold_frozen_parts(tmp_path: Path) -> None:
     model, (method, _) = shared_backbone(), built(CONFIGS[0])
-    path = save_method(tmp_path / "ours", method, model, TASK)
     theirs = save_official(tmp_path / "theirs.pth.tar", method)
-    for found in (load_method(path, model), load_official(theirs, model, method="ivlp")):
-        assert found.config == method.config
-        for name, value in method.named_parameters():
-            assert torch.equal(found.get_parameter(name), value)
     content = torch.load(theirs, weights_only=True)
     content["state_dict"] |= {
         "prompt_learner.token_prefix": torch.zeros(3, 1, 32),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
-from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.files import load_official, save_official
 from vlmadapters.methods.configs import CoOpConfig, LASPConfig
 from vlmadapters.methods.coop import CoOp
 from vlmadapters.methods.lasp import LASP
@@ -171,14 +171,9 @@ def test_recipe_follows_the_dataset() -> None:
     assert virtual.settings() | {"other_names": "virtual", "weight": 10.0} == virtual.settings()
 
 
-def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
+def test_files_of_the_authors_may_hold_frozen_parts(tmp_path: Path) -> None:
     model, (method, _) = shared_backbone(), built(CONFIGS[0])
-    path = save_method(tmp_path / "ours", method, model, TASK)
     theirs = save_official(tmp_path / "theirs.pth.tar", method)
-    for found in (load_method(path, model), load_official(theirs, model, method.config)):
-        assert found.config == method.config
-        for name, value in method.named_parameters():
-            assert torch.equal(found.get_parameter(name), value)
     content = torch.load(theirs, weights_only=True)
     assert "image_encoder.transformer.resblocks.0.ln_1.weight" in content["state_dict"]
     content["state_dict"] |= {

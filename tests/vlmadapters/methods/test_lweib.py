@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
-from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.files import load_official, save_official
 from vlmadapters.methods.base import Step
 from vlmadapters.methods.deep_configs import LwEIBConfig
 from vlmadapters.methods.lweib import LwEIB
@@ -278,20 +278,6 @@ def test_a_file_of_another_kind_is_one_line(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=r"said.json (is not valid JSON|must hold an object)"):
         LwEIBConfig((1,), (1,), descriptions=str(path))
-
-
-def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
-    model = shared_backbone()
-    for config in CONFIGS:
-        method, _ = built(config)
-        path = save_method(tmp_path / "ours", method, model, SOME)
-        theirs = save_official(tmp_path / "theirs.pth.tar", method)
-        found = [load_method(path, model), load_official(theirs, model, config)]
-        found.append(load_official(theirs, model, method="lweib"))
-        for one in found:
-            assert one.config.placement == config.placement
-            for name, value in method.named_parameters():
-                assert torch.equal(one.get_parameter(name), value)
 
 
 def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:

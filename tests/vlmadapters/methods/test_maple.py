@@ -10,7 +10,7 @@ from backbones import shared_backbone, some_images
 from stepping import TASK, assert_same_step, built, first_step
 
 from vlmadapters.clip.savings import Savings
-from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.files import load_official, save_official
 from vlmadapters.methods.deep_configs import IVLPConfig, MaPLeConfig
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError
@@ -80,21 +80,6 @@ def test_the_published_placement_has_the_published_number_of_parameters() -> Non
     blocks = len(config.vision)
     assert blocks * (config.length * 512 + 512 * 768 + 768) == 3_555_072
     assert MaPLeConfig.published({"vision": 24, "text": 4}).placement == "v1-3,t1-3"
-
-
-def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
-    model = shared_backbone()
-    for config in CONFIGS[:2]:
-        method, _ = built(config)
-        path = save_method(tmp_path / "ours", method, model, TASK)
-        theirs = save_official(tmp_path / "theirs.pth.tar", method)
-        for found in (load_method(path, model), load_official(theirs, model, method="maple")):
-            assert found.config == config
-            for name, value in method.named_parameters():
-                assert torch.equal(found.get_parameter(name), value)
-    uncoupled, _ = built(CONFIGS[2])
-    theirs = save_official(tmp_path / "theirs.pth.tar", uncoupled)
-    assert load_official(theirs, model, CONFIGS[2]).config == CONFIGS[2]
 
 
 def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-from backbones import shared_backbone
 from stepping import TASK, assert_same_step, built, first_step, step_of
 from torch.nn import functional as F
 
 from vlmadapters.clip.savings import Savings
-from vlmadapters.files import load_method, load_official, save_method, save_official
 from vlmadapters.methods.configs import CoOpConfig, ProDAConfig
 from vlmadapters.methods.coop import CoOp
 from vlmadapters.methods.proda import ProDA
@@ -89,15 +86,6 @@ def test_a_pass_takes_every_prompt_once_and_the_next_or_another_seed_has_another
     passes = [torch.cat(taken[start : start + 4]).tolist() for start in (0, 4, 8)]
     assert [sorted(one) for one in passes] == [list(range(8))] * 3
     assert len(set(map(tuple, passes))) == 3
-
-
-def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
-    model, (method, backbone) = shared_backbone(), built(CONFIG)
-    paths = save_method(tmp_path / "ours", method, model, TASK), tmp_path / "theirs.pth.tar"
-    save_official(paths[1], method)
-    step = step_of(method, backbone, draws={"prompts": GROUP})
-    for again in (load_method(paths[0], model), load_official(paths[1], model, method="proda")):
-        torch.testing.assert_close(again.loss(step), method.loss(step))
 
 
 def test_a_context_that_leaves_no_room_for_a_name_says_how_much_there_is() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
-from vlmadapters.files import load_method, load_official, save_method, save_official
+from vlmadapters.files import load_official, save_official
 from vlmadapters.methods.deep_configs import IVLPConfig, RPOConfig
 from vlmadapters.methods.ivlp import IVLP
 from vlmadapters.methods.rpo import RPO
@@ -153,16 +153,6 @@ def test_a_text_without_room_for_the_prompts_says_how_many_fit() -> None:
 def test_towers_without_standard_blocks_are_refused(family: str) -> None:
     with pytest.raises(UserError, match="rpo reads inside open_clip's standard blocks"):
         built(CONFIGS[1], family=family)
-
-
-def test_files_of_both_layouts_bring_back_the_method(tmp_path: Path) -> None:
-    model, (method, _) = shared_backbone(), built(CONFIGS[0])
-    path = save_method(tmp_path / "ours", method, model, TASK)
-    theirs = save_official(tmp_path / "theirs.pth.tar", method)
-    for found in (load_method(path, model), load_official(theirs, model, method.config)):
-        assert found.config == method.config
-        for name, value in method.named_parameters():
-            assert torch.equal(found.get_parameter(name), value)
 
 
 def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:
