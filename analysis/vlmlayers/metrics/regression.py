@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from vlmlayers.metrics.checks import Array, Labels
 
+STEPS = 200  # at most
+CONVERGED = 1e-4  # largest entry of the gradient at which a regression has
 WORTH_LEAVING = 0.75  # Share of unconverged problems below which copying them out pays.
 Kept = NDArray[np.bool_]
 
@@ -36,12 +38,7 @@ def log_sum_exp(logits: Array) -> Array:
 
 
 def solve(
-    xs: Sequence[Array],
-    labels: Sequence[Labels],
-    classes: int,
-    c_grid: Array,
-    steps: int = 200,
-    tolerance: float = 1e-4,
+    xs: Sequence[Array], labels: Sequence[Labels], classes: int, c_grid: Array
 ) -> list[tuple[Array, Array]]:
     """Return weights, (C, width, class), and intercepts, (C, 1, class), of every regression.
 
@@ -53,8 +50,6 @@ def solve(
         labels: (item,) class ids of each.
         classes: Number of classes.
         c_grid: Inverse strengths of the ridge.
-        steps: At most so many.
-        tolerance: Largest entry of the gradient at which a regression has converged.
     """
     problems = _Problems.of(xs, labels, classes, c_grid)
     solution = np.zeros((len(problems.owner), classes, problems.x.shape[2]))
@@ -62,9 +57,9 @@ def solve(
     w = solution.copy()
     value, gradient = problems.value_and_gradient(w)
     curvature = _Curvature(gradient)
-    for _ in range(steps):
+    for _ in range(STEPS):
         # The loss is a weighted mean, so that one tolerance suits every number of items.
-        active = np.abs(_flat(gradient)).max(axis=1) > tolerance
+        active = np.abs(_flat(gradient)).max(axis=1) > CONVERGED
         if not active.any():
             break
         # Taking the rest out copies it, which pays only when many have converged.

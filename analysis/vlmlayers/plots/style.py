@@ -197,17 +197,17 @@ def label_text(text: str, among: Iterable[str] = ()) -> str:
     return made.replace("$", r"\$").lstrip("_") or "□"
 
 
-def short_names(names: Sequence[str], most: int = NAME) -> list[str]:
-    """Return names of so many characters at most, of which none is like another for being cut."""
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return names of `NAME` characters at most, of which none is like another for being cut."""
     ways: list[Callable[[str], str]] = [
-        lambda name: shortened(name, most),
-        lambda name: shortened(name, most - most // 2) + name[-(most // 2) :],
+        lambda name: shortened(name, NAME),
+        lambda name: shortened(name, NAME - NAME // 2) + name[-(NAME // 2) :],
     ]
     for cut in ways:
-        made = [cut(name) if len(name) > most else name for name in names]
+        made = [cut(name) if len(name) > NAME else name for name in names]
         if len(set(made)) == len(set(names)):
             return made
-    return [f"{shortened(name, most - 5)} ({row})" for row, name in enumerate(names, 1)]
+    return [f"{shortened(name, NAME - 5)} ({row})" for row, name in enumerate(names, 1)]
 
 
 def unseen() -> AbstractContextManager[None]:

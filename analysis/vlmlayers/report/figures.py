@@ -184,7 +184,8 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
                 partial(_drawn_curves, answer, metric),
             )
     for metric in GAPS:
-        if metric in shapes["curve"] and has_rows(scores, metric, "vision"):
+        of_vision = (scores["metric"] == metric) & (scores["tower"] == "vision")
+        if metric in shapes["curve"] and of_vision.any():
             yield Plan(
                 f"gap-{slug(metric)}",
                 _caption(answer, metric, "per dataset along depth"),
@@ -286,11 +287,6 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
                 ),
                 lambda: merged,
             )
-
-
-def has_rows(scores: pd.DataFrame, metric: str, tower: str) -> bool:
-    """Return whether a metric has any value on a tower."""
-    return bool(((scores["metric"] == metric) & (scores["tower"] == tower)).any())
 
 
 def frequency_table(answer: Answer) -> pd.DataFrame:

@@ -377,8 +377,8 @@ class Answer:
 
     def _metrics(self) -> list[str]:
         """Return the metrics that the rule read."""
-        towers = self.choice.evidence.get("towers", {}).values()
-        return list(dict.fromkeys(name for found in towers for name in found.get("values", {})))
+        read = (found.get("values", {}) for found in self._towers.values())
+        return list(dict.fromkeys(name for values in read for name in values))
 
     def _rule(self) -> str:
         """Return the rule in words, with the options that are numbers or names."""
@@ -397,7 +397,7 @@ class Answer:
         """Return the first chosen block of each tower with its interval over resamples."""
         parts = []
         for tower in self.depths:
-            found = self.choice.evidence.get("towers", {}).get(tower, {})
+            found = self._towers.get(tower, {})
             if (found.get("start") or {}).get("value") is not None:
                 parts.append(f"{tower} {found['start']['value']} ({_start_words(found)})")
         return [("First block", "; ".join(parts))] if parts else []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from vlmlayers.arguments import checked
 from vlmlayers.files import write_text
@@ -22,7 +23,7 @@ from vlmlayers.report.made import made_tables, remarks
 from vlmlayers.report.markdown import report_markdown
 from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import Answer, read_answer
-from vlmlayers.report.payload import payload, script_json
+from vlmlayers.report.payload import metric_entry, payload, script_json
 from vlmlayers.report.ribbon import ribbon
 from vlmlayers.report.searched import search_tables
 from vlmlayers.report.sensitivity import sensitivity_table
@@ -151,7 +152,6 @@ def _environment() -> jinja2.Environment:
 
 def _unbroken(text: str) -> Any:
     """Return text as HTML whose lines break between the parts of a placement, not inside one."""
-    from markupsafe import Markup, escape
 
     def whole(match: re.Match[str]) -> str:
         part = match.group(0)
@@ -162,8 +162,6 @@ def _unbroken(text: str) -> Any:
 
 
 def _safe(text: str) -> Any:
-    from markupsafe import Markup
-
     return Markup(text)
 
 
@@ -193,8 +191,6 @@ def _evidence(answer: Answer) -> dict[str, Any]:
 
 
 def _label(metric: str) -> str:
-    from vlmlayers.report.payload import metric_entry
-
     return str(metric_entry(metric)["label"])
 
 

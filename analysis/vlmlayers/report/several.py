@@ -30,7 +30,7 @@ def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
                 answer.weights + (" (UNTRAINED)" if answer.random_weights else ""),
                 answer.parameters,
                 *_ends(answer, metric),
-                _last(answer, "centroid_gap"),
+                _ends(answer, "centroid_gap")[1],
                 _best(answer),
             ]
         )
@@ -67,10 +67,6 @@ def _ends(answer: Answer, metric: str) -> tuple[float | None, float | None]:
         return None, None
     by_position = frame.groupby(["order", "position"])["value"].mean().droplevel("order")
     return by_position.get(EMBED), float(by_position.iloc[-1])
-
-
-def _last(answer: Answer, metric: str) -> float | None:
-    return _ends(answer, metric)[1]
 
 
 def _best(answer: Answer) -> str | None:

@@ -356,24 +356,17 @@ class _Scorer:
                 y = self.full.moments[keys[1]] if texts is None else Moments.of(texts)
                 image_rows = self.sums.sample[keys[0]]
                 text_rows = self.sums.sample[keys[1]] if texts is None else texts
-                function = gap.centroid_gap if name == "centroid_gap" else gap.frechet_gap
-
-                # Defaults hold the values of this turn; a closure would see those of the last one.
-                def on_sample(
-                    rows: Labels,
-                    x: Array = image_rows,
-                    y: Array = text_rows,
-                    own: bool = texts is None,
-                    f: Any = function,
-                ) -> float:
-                    return float(f(x[rows], y[rows] if own else y))
-
                 if name == "centroid_gap":
+                    function = gap.centroid_gap
                     value = float(np.linalg.norm(x.mean - y.mean))
                     null = float(np.sqrt(1.0 / x.n + 1.0 / y.n))
                 else:
+                    function = gap.frechet_gap
                     value = frechet_from(x, y)
                     null = _frechet_null(x, y, image_rows, text_rows)
+                on_sample = partial(_on_rows, function, image_rows, text_rows)
+                if texts is not None:  # prompts are of classes: all of them stay
+                    on_sample = partial(_on_rows, partial(function, y=texts), image_rows)
                 kind = "first_captions" if texts is None else "class_prompts"
                 self._add(point, value, null, on_sample, pairs=kind, texts=y.n)
 
@@ -401,11 +394,6 @@ class _Scorer:
                 value = cka_from(x, y, cross, debiased=debiased)
                 # Shuffled pairs have mean 0 if unbiased, else a known mean above it.
                 null = 0.0 if debiased else biased_cka_null(x, y)
-                rows_x, rows_y = (self.sums.sample[key] for key in keys)
-
-                def on_sample(
-                    rows: Labels, x: Array = rows_x, y: Array = rows_y, unbiased: bool = debiased
-                ) -> float:
-                    return cka(x[rows], y[rows], debiased=unbiased)
-
+                samples = (self.sums.sample[key] for key in keys)
+                on_sample = partial(_on_rows, partial(cka, debiased=debiased), *samples)
                 self._add(point, value, null, on_sample, pairs="first_captions")

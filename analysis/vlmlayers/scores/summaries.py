@@ -242,16 +242,8 @@ def agreement(
     frame = each.groupby(pair, sort=False).mean().reset_index()
     if len(frame):
         refuse_empty(frame["value"], metric)
-    order = [
-        (*sort_key(str(a)), *sort_key(str(b)))
-        for a, b in zip(frame["position"], frame["other_position"])
-    ]
-    return (
-        frame.assign(_order=pd.Series(order, index=frame.index, dtype=object))
-        .sort_values("_order")
-        .drop(columns="_order")
-        .reset_index(drop=True)
-    )
+    keys = [tuple(map(sort_key, map(str, pair))) for pair in zip(*(frame[name] for name in pair))]
+    return frame.iloc[sorted(range(len(frame)), key=keys.__getitem__)].reset_index(drop=True)
 
 
 def agreement_rows(

@@ -69,8 +69,8 @@ class Rule:
 
 
 @cache
-def _range_quantile(n: int, share: float = 0.95) -> float:
-    """Return a quantile of the range of n independent standard normal values, by bisection.
+def _range_quantile(n: int) -> float:
+    """Return the 95 % quantile of the range of n independent standard normal values, by bisection.
 
     The range is at most q with probability n ∫ φ(z) (Φ(z + q) − Φ(z))ⁿ⁻¹ dz.
     """
@@ -85,7 +85,7 @@ def _range_quantile(n: int, share: float = 0.95) -> float:
     while high - low > 1e-9:
         q = (low + high) / 2
         probability = density @ (below(z + q) - below(z)) ** (n - 1)
-        low, high = (q, high) if probability < share else (low, q)
+        low, high = (q, high) if probability < 0.95 else (low, q)
     return low
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -164,7 +165,8 @@ def run_stages(context: StageContext, picked: Sequence[str], source: str = "") -
         LOG.debug("%s runs: %s", name, reason)
         # Before it runs: a stage that is stopped must not count as done on its earlier inputs.
         _forget(context, name)
-        if name in LONG and "report" in picked and _can_report(context):
+        shown = context.run.scores.exists() and context.run.choice.exists()
+        if name in LONG and "report" in picked and shown:
             STAGES["report"].run(context)  # what is known so far; it is written again at the end
         began = time.monotonic()
         try:
@@ -180,10 +182,6 @@ def run_stages(context: StageContext, picked: Sequence[str], source: str = "") -
         # Inputs are taken again: a stage may refine what it depends on, such as provenance.
         _keep_outdated(context, name)
         _remember(context, name, _marks(stage.inputs(context)), seconds)
-
-
-def _can_report(context: StageContext) -> bool:
-    return context.run.scores.exists() and context.run.choice.exists()
 
 
 def _marks(inputs: Mapping[str, Any]) -> dict[str, str]:
@@ -334,8 +332,6 @@ def _forget(context: StageContext, name: str) -> None:
 
 
 def _data_root(study: Study, given: str | Path | None, base: Path) -> Path | None:
-    import os
-
     if given is not None:
         return Path(given).expanduser()
     if os.environ.get(DATA_VARIABLE) or study.data_root is None:
