@@ -12,7 +12,7 @@ import typer
 
 from vlmlayers.architectures import check_model, known_depths, refuse_image_model
 from vlmlayers.arguments import taken
-from vlmlayers.cli.options import named, repeated
+from vlmlayers.cli.options import key_values, named
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.placement import CHOICE, Placement
@@ -35,12 +35,7 @@ RecipeName = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    repeated(
-        "A value of the recipe or the method, as in lr=0.03 or scale=0.1.",
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-    ),
+    key_values("A value of the recipe or the method, as in lr=0.03 or scale=0.1."),
 ]
 
 

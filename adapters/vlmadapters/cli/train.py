@@ -27,7 +27,16 @@ from vlmadapters.methods.config import OURS
 from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.protocols.table import protocol_of
 from vlmlayers.arguments import taken
-from vlmlayers.cli.options import DataRoot, Device, Model, named, repeated, several, with_options
+from vlmlayers.cli.options import (
+    DataRoot,
+    Device,
+    Model,
+    key_values,
+    named,
+    repeated,
+    several,
+    with_options,
+)
 from vlmlayers.errors import UserError, check_one_of, no_file
 from vlmlayers.extraction import WeightsOptions
 from vlmlayers.options import parse_settings
@@ -173,12 +182,9 @@ def evaluate(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        repeated(
+        key_values(
             "What else the authors' layout does not store, as in class_at=front of CoOp or "
-            "ratio=0.6 of CLIP-Adapter.",
-            "--set",
-            "-s",
-            metavar="KEY=VALUE",
+            "ratio=0.6 of CLIP-Adapter."
         ),
     ] = None,
     device: Device = "auto",

@@ -11,8 +11,8 @@ from pydantic import Field
 from vlmlayers.cli.options import (
     DataRoot,
     Model,
+    key_values,
     named,
-    repeated,
     several,
     with_options,
 )
@@ -128,12 +128,7 @@ def score(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        repeated(
-            "An option of scoring, as in bootstrap=50; --list says which.",
-            "--set",
-            "-s",
-            metavar="KEY=VALUE",
-        ),
+        key_values("An option of scoring, as in bootstrap=50; --list says which."),
     ] = None,
     show: Annotated[
         bool, typer.Option("--list", help="Say what metrics and options are, and stop.")
@@ -188,7 +183,7 @@ def select(
     ] = "threshold",
     settings: Annotated[
         list[str] | None,
-        repeated("An option of the rule, as in accuracy=0.6.", "--set", "-s", metavar="KEY=VALUE"),
+        key_values("An option of the rule, as in accuracy=0.6."),
     ] = None,
     resamples: Annotated[
         int, typer.Option(help="Resampled tables behind the stability, 0 for none.")

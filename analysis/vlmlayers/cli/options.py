@@ -33,6 +33,11 @@ def repeated(help: str, *names: str, metavar: str) -> Any:
                         show_default=False)  # fmt: skip
 
 
+def key_values(help: str) -> Any:
+    """Return the option `--set`, of which each one sets a value."""
+    return repeated(help, "--set", "-s", metavar="KEY=VALUE")
+
+
 def _words(given: list[str] | None) -> list[str] | None:
     """Return the words of an option that may hold several at once; None where it is absent.
 
