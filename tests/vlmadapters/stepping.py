@@ -38,6 +38,15 @@ def built(
     return METHODS[config.name].build(config, backbone, task, seed=3), backbone
 
 
+def moved(method: Any, by: float, seed: int = 1) -> Any:
+    """Move all parameters away from their start, where some are 0, alike or CLIP's own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in method.parameters():
+            value.add_(torch.randn(value.shape, generator=generator), alpha=by)
+    return method
+
+
 def step_of(
     method: Method,
     backbone: Backbone,

@@ -13,6 +13,11 @@ from pathlib import Path
 import pytest
 from backbones import config
 
+METHODS = (
+    "coop", "cocoop", "kgcoop", "proda", "maple", "ivlp", "promptsrc", "rpo", "lasp",
+    "clipadapter", "cliplora", "lweib", "tip-f",
+)  # fmt: skip
+
 
 def test_all_sides_of_the_training_benchmark_take_the_same_steps(
     monkeypatch: pytest.MonkeyPatch, repository: Path
@@ -35,24 +40,7 @@ def test_all_sides_of_the_training_benchmark_take_the_same_steps(
     assert rows[0]["ratio"] == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "coop",
-        "cocoop",
-        "kgcoop",
-        "proda",
-        "maple",
-        "ivlp",
-        "promptsrc",
-        "rpo",
-        "lasp",
-        "clipadapter",
-        "cliplora",
-        "lweib",
-        "tip-f",
-    ],
-)
+@pytest.mark.parametrize("name", METHODS)
 def test_both_sides_of_the_benchmark_of_methods_take_the_same_steps(
     name: str, monkeypatch: pytest.MonkeyPatch, repository: Path
 ) -> None:
@@ -63,10 +51,7 @@ def test_both_sides_of_the_benchmark_of_methods_take_the_same_steps(
     small = config(
         {"layers": 3, "width": 32, "head_width": 16}, {"layers": 3, "context_length": 77}
     )
-    assert set(public_methods.PUBLIC) == {
-        "coop", "cocoop", "kgcoop", "proda", "maple", "ivlp", "promptsrc", "rpo", "lasp",
-        "clipadapter", "cliplora", "lweib", "tip-f",
-    }  # fmt: skip
+    assert set(public_methods.PUBLIC) == set(METHODS)
     monkeypatch.setattr(methods, "CLASSES", methods.CLASSES[:4])
     rows = methods.compare(name, small, "cpu", rounds=2)
     assert rows[0]["gigaflop_ratio"] == 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import shared_backbone
-from stepping import TASK, first_step
+from stepping import TASK, first_step, moved
 from stepping import built as built_of
 
 from vlmadapters.clip.frozen import Backbone
@@ -149,11 +149,7 @@ def test_files_of_both_layouts_bring_back_the_method(
     config: MethodConfig, told: tuple[str, ...], tmp_path: Path
 ) -> None:
     task = Task(TASK.class_names, descriptions=DESCRIBED)
-    model, (method, _) = shared_backbone(), built_of(config, task=task)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # away from a start that may be 0
-        for value in method.parameters():
-            value.add_(torch.randn(value.shape, generator=generator))
+    model, method = shared_backbone(), moved(built_of(config, task=task)[0], 1.0)
     ours = load_method(save_method(tmp_path / "ours", method, model, task), model)
     assert ours.config == config
     path = save_official(tmp_path / "theirs.pth.tar", method)

@@ -10,7 +10,7 @@ import pytest
 import stepping
 import torch
 from backbones import shared_backbone
-from stepping import TASK, assert_same_step, first_step, step_of
+from stepping import TASK, assert_same_step, first_step, moved, step_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,11 +38,7 @@ IDS = ["all blocks", "virtual classes", "base names", "context alone"]
 
 def built(config: LASPConfig, savings: Savings | None = None, family: str = "clip") -> Any:
     method, backbone = stepping.built(config, savings, family)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # away from the start, where norms are CLIP's and the correction is 0
-        for value in method.parameters():
-            value.add_(torch.randn(value.shape, generator=generator), alpha=0.1)
-    return method, backbone
+    return moved(method, 0.1), backbone
 
 
 def draws(config: LASPConfig) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import shared_backbone, some_images
-from stepping import TASK, assert_same_step, built, first_step
+from stepping import TASK, assert_same_step, built, first_step, moved
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,27 +67,18 @@ def plain_features(method: RPO, clip: Any, images: Tensor, tokens: Tensor) -> li
     return [visual.ln_post(found) @ visual.proj, clip.ln_final(read) @ clip.text_projection]
 
 
-def spread(method: RPO) -> RPO:
-    """Move the prompts apart: as they start, they are nearly alike."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for value in method.parameters():
-            value.add_(torch.randn(value.shape, generator=generator), alpha=0.3)
-    return method
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.placement} {c.pairs}")
 def test_loss_and_gradients_are_those_of_masked_attention_over_all_tokens(
     config: RPOConfig,
 ) -> None:
     method, backbone = built(config)
-    found = first_step(spread(method), backbone)
+    found = first_step(moved(method, 0.3), backbone)
     other, _ = built(config)
     shape = backbone.vision.tower.example(4).shape
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     names = [name.replace("_", " ") for name in TASK.class_names]
     tokens = backbone.tokens([f"a photo of a {name}." for name in names])
-    pairs = plain_features(spread(other), backbone.clip, images, tokens)
+    pairs = plain_features(moved(other, 0.3), backbone.clip, images, tokens)
     cosines = torch.einsum("ikd,ckd->ick", *(F.normalize(x, dim=-1) for x in pairs)).mean(-1)
     loss = F.cross_entropy(backbone.clip.logit_scale.exp() * cosines, torch.arange(4) % 3)
     loss.backward()

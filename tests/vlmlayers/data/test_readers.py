@@ -166,13 +166,18 @@ def test_pixels_that_are_no_numbers_are_told_and_nothing_else_is_no_image(
         eight_bit(np.full((4, 4), np.nan), "x")
 
 
-def test_floats_around_zero_and_a_little_out_of_range() -> None:
-    signed = np.array([[-1, 0, 1, np.nan]], dtype=np.float32)
-    pixels = np.asarray(open_image(encoded(Image.fromarray(signed), "TIFF")))
-    assert pixels[0, :, 0].tolist() == [0, 128, 255, 0]
-    resized = np.array([[-0.02, 0.5, 1.03]], dtype=np.float32)
-    pixels = np.asarray(open_image(encoded(Image.fromarray(resized), "TIFF")))
-    assert pixels[0, :, 0].tolist() == [0, 128, 255]
+@pytest.mark.parametrize(
+    ("values", "pixels"),
+    [
+        ([0.0, 0.5, 1.0, np.nan], [0, 128, 255, 0]),  # shares
+        ([0, 7, 254.6, np.inf], [0, 7, 255, 255]),  # bytes
+        ([-1, 0, 1, np.nan], [0, 128, 255, 0]),  # around zero
+        ([-0.02, 0.5, 1.03], [0, 128, 255]),  # shares, a little out of range by resizing
+    ],
+)
+def test_floats_are_shares_or_bytes_and_never_nan(values: list[float], pixels: list[int]) -> None:
+    image = open_image(encoded(Image.fromarray(np.array([values], np.float32)), "TIFF"))
+    assert np.asarray(image)[0].tolist() == [[pixel] * 3 for pixel in pixels]
 
 
 @pytest.mark.parametrize(
@@ -204,16 +209,6 @@ def test_colours_of_sixteen_bits(channels: int) -> None:
         content[..., -1] = 65535 if channels != 3 else content[..., -1]
         with pytest.raises(UnreadableImage, match="of which the upper ones are not used; convert"):
             open_image(wide_png(content))
-
-
-def test_floats_are_shares_or_bytes_and_never_nan() -> None:
-    shares = np.array([[0.0, 0.5, 1.0, np.nan]], dtype=np.float32)
-    image = open_image(encoded(Image.fromarray(shares), "TIFF"))
-    assert np.asarray(image)[0, :, 0].tolist() == [0, 128, 255, 0]
-    bytes_ = np.array([[0, 7, 254.6, np.inf]], dtype=np.float32)
-    assert np.asarray(open_image(encoded(Image.fromarray(bytes_), "TIFF")))[0, :, 1].tolist() == [
-        0, 7, 255, 255,
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
