@@ -13,8 +13,7 @@ from vlmlayers.arguments import Count, Position, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.plots.features import thumbnails
-from vlmlayers.plots.style import CATEGORY_COLOURS, RANDOM_COLOUR, position_label
-from vlmlayers.positions import is_block
+from vlmlayers.plots.style import CATEGORY_COLOURS, RANDOM_COLOUR, position_title
 from vlmlayers.scores.projection import Projection, ShownTower, Space, project
 
 COLOURS = ("dataset", "class", "modality")
@@ -82,11 +81,8 @@ def explore(
     ]
     pictures = _pictures(parts, rows, data) if pictured else []
     untrained = any(part.random_weights for part in parts)
-    return _chart(rows, pictures, [_title(name) for name in shown], list(methods), untrained)
-
-
-def _title(position: str) -> str:
-    return f"Block {position}" if is_block(position) else position_label(position)
+    titles = [position_title(name) for name in shown]
+    return _chart(rows, pictures, titles, list(methods), untrained)
 
 
 def _rows(

@@ -23,9 +23,9 @@ from vlmlayers.plots.style import (
     mark_random,
     new_grid,
     position_label,
+    position_title,
     style,
 )
-from vlmlayers.positions import is_block
 from vlmlayers.scores.projection import Projection, ShownTower, Space, class_name, nearest, project
 
 MOST_NAMED = 12  # categories beyond are coloured, not named: a legend would hide the points
@@ -87,7 +87,7 @@ def scatter(
         for number, (name, table) in enumerate(tables.items()):
             last = number == len(tables) - 1
             _points(panels[number], table, colour, palette, legend=last)
-            panels[number].set_title(f"Block {name}" if is_block(name) else position_label(name))
+            panels[number].set_title(position_title(name))
             mark_random(panels[number], random and number == 0)
         return panels[0] if one else panels
 

@@ -234,6 +234,11 @@ def position_label(position: str) -> str:
     return position if is_block(position) else position.capitalize()
 
 
+def position_title(position: str) -> str:
+    """Return the title of a panel of one position."""
+    return f"Block {position}" if is_block(position) else position_label(position)
+
+
 def sparse_labels(positions: Iterable[str], most: int = 14) -> list[str]:
     """Return tick labels, with every second block or more left blank where there are many."""
     names = list(positions)
