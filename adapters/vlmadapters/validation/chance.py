@@ -65,6 +65,14 @@ def by_chance(
     return found
 
 
+def deepest(placed: Sequence[Placement]) -> dict[str, int]:
+    """Return the depth of each tower as a validation table tells it, 0 where nothing is trained.
+
+    The table names none: a tower ends at its deepest block trained, which the kind `last` has.
+    """
+    return {tower: max(max(one.blocks(tower), default=0) for one in placed) for tower in TOWERS}
+
+
 def _of(placed: Placement) -> dict[str, tuple[int, ...]]:
     return dict(zip(TOWERS, placed))
 
@@ -73,9 +81,7 @@ def _curves(
     placed: Sequence[Placement], draws: int, seed: int
 ) -> Iterator[tuple[dict[str, int], dict[str, Array]]]:
     """Yield the depth of each tower and its curves, (block, draw), scaled as scores are."""
-    # The table names no depths: a tower ends at its deepest block trained, which `last` is in all.
-    depths = {tower: max(max(one.blocks(tower), default=0) for one in placed) for tower in TOWERS}
-    depths = {tower: depth for tower, depth in depths.items() if depth}
+    depths = {tower: depth for tower, depth in deepest(placed).items() if depth}
     most = max(depths.values())
     generator = np.random.default_rng(seed)
     for shape, common in product(("unordered", "wandering", "trending"), (False, True)):

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from vlmadapters.validation.chance import by_chance
+from vlmadapters.validation.chance import by_chance, deepest
 from vlmadapters.validation.means import DIGITS, Mean, mean_correlation, no_interval
-from vlmadapters.validation.ranking import LEAST_RANKED, UNTESTABLE, holm
+from vlmadapters.validation.ranking import LEAST_RANKED, UNTESTABLE, guesses, holm
 from vlmadapters.validation.repeatability import ROUNDING, Cells, signs
 from vlmadapters.validation.verdict import SIGNIFICANCE, Array, bracketed, outcomes, with_zero_shot
 from vlmlayers.placement import ZERO_SHOT, Placement, of_kind
@@ -155,20 +155,14 @@ def _guesses(names: list[str], predicted: pd.DataFrame | None) -> dict[str, tupl
     """Return what each predictor says of each placement, (placement,), higher being better."""
     placed = [Placement.parse(name) for name in names]
     blocks = [[*one.vision, *one.text] for one in placed]
-    # The table names no depths: a tower ends at its deepest block trained, which `last` is in all.
-    deepest = {tower: max(max(one.blocks(tower), default=1) for one in placed) for tower in TOWERS}
-    depths = [[b / deepest[tower] for tower in TOWERS for b in one.blocks(tower)] for one in placed]
+    ends = deepest(placed)
+    depths = [[b / ends[tower] for tower in TOWERS for b in one.blocks(tower)] for one in placed]
     found = {
         "relative_depth": ("baseline", np.array([np.mean(one) for one in depths]).round(DIGITS)),
         "fewest_blocks": ("baseline", -np.array([len(one) for one in blocks], dtype=np.float64)),
     }
-    if predicted is not None:
-        for name, group in predicted.groupby("score", sort=False):
-            known = group.drop_duplicates("placement").set_index("placement")["predicted"]
-            guess = known.reindex(names).to_numpy(np.float64)
-            # A score that lacks placements would be judged on other pairs than the rest.
-            if np.isfinite(guess).all():
-                found[str(name)] = ("baseline" if name in FREE else "score", guess)
+    for name, guess in guesses(predicted, names).items() if predicted is not None else ():
+        found[name] = ("baseline" if name in FREE else "score", guess)
     return found
 
 

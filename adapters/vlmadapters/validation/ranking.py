@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,29 +49,32 @@ def rank_correlation(
     left_out, resampled = found.means_left_out(), found.resampled_means(draws, seed)
     rows = []
     ranked = len(found.placements) >= LEAST_RANKED
-    for name, group in predicted.groupby("score", sort=False) if ranked else ():
-        values = group.drop_duplicates("placement").set_index("placement")["predicted"]
-        guess = values.reindex(list(found.placements)).to_numpy(np.float64)
-        if not np.isfinite(guess).all() or np.ptp(guess) == 0 or np.ptp(found.means) == 0:
+    for name, guess in guesses(predicted, found.placements).items() if ranked else ():
+        if np.ptp(guess) == 0 or np.ptp(found.means) == 0:
             continue
         tau = _tau(guess, found.means[None])[0]
         low, high = _interval(tau, _tau(guess, left_out), _tau(guess, resampled))
-        rows.append(
-            {
-                "score": name,
-                "outcome": "hm",
-                "tau": tau,
-                "low": low,
-                "high": high,
-                "n": len(guess),
-            }
-        )
+        rows.append((name, "hm", tau, low, high, len(guess)))
     correlations = pd.DataFrame(rows, columns=["score", "outcome", "tau", "low", "high", "n"])
     taus = dict(zip(correlations["score"], correlations["tau"]))
     p = by_chance(taus, found.placements, signs(found.means), draws=draws, seed=seed)
     correlations.insert(5, "p", np.array(p, dtype=np.float64))
     correlations.insert(6, "p_holm", holm(correlations["p"].to_numpy(np.float64)))
     return correlations.sort_values("tau", ascending=False, ignore_index=True)
+
+
+def guesses(predicted: pd.DataFrame, placements: Sequence[str]) -> dict[str, Array]:
+    """Return what each score says of placements, (placement,), where it says it of all of them.
+
+    One that lacks some would be judged on other pairs than the rest.
+    """
+    found = {}
+    for name, group in predicted.groupby("score", sort=False):
+        known = group.drop_duplicates("placement").set_index("placement")["predicted"]
+        guess = known.reindex(list(placements)).to_numpy(np.float64)
+        if np.isfinite(guess).all():
+            found[str(name)] = guess
+    return found
 
 
 def _interval(tau: float, left_out: Array, resampled: Array) -> tuple[float, float]:
