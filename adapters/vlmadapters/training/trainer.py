@@ -273,7 +273,12 @@ class Trainer:
         for run in self.runs:
             run.method.finish(self._fit_data(run))
             run.method.eval()
-        return self._results(time.perf_counter() - self._started)
+        # Views and frozen activations are shared, so that no method has a time of its own.
+        share = (time.perf_counter() - self._started) / len(self.runs)
+        return [
+            TrainResult(run.method, run.method.config, self.seed, run.losses, share)
+            for run in self.runs
+        ]
 
     def _one_epoch(self, shown: Any) -> None:
         left = self.total_steps - self._steps_done()
@@ -457,14 +462,6 @@ class Trainer:
 
     def _steps_done(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
-
-    def _results(self, seconds: float) -> list[TrainResult]:
-        # Views and frozen activations are shared, so that no method has a time of its own.
-        share = seconds / len(self.runs)
-        return [
-            TrainResult(run.method, run.method.config, self.seed, run.losses, share)
-            for run in self.runs
-        ]
 
     @cached_property
     def _identity(self) -> dict[str, Any]:

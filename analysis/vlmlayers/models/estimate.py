@@ -292,7 +292,9 @@ def estimate(
                 "estimate: planned takes pairs of a manifest and its items, such as "
                 f"[(manifest, manifest.items('train'))], not {shortened(repr(one))}"
             )
-    disk = None if out is None else _existing(Path(out))
+    # Of the store's folder, or of the nearest one above it that is there.
+    path = None if out is None else Path(out).absolute()
+    disk = path and next(one for one in (path, *path.parents) if one.exists())
     costs = [measure_costs(model, made, items, disk=disk, **options) for made, items in planned]
     rows = [
         {
@@ -322,13 +324,6 @@ def estimate(
     if disk is not None:
         lines.append(f"\nfree on this disk: {shutil.disk_usage(disk).free / 1e9:.1f} GB")
     return "\n".join(lines) + "\n"
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -20,7 +20,7 @@ from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.models import transformers_towers
 from vlmlayers.models.tower import Apply, Tower, before_trailing_run, example_texts, same, until
-from vlmlayers.models.trunks import find_trunk, is_trunk, pixels, timm_trunk
+from vlmlayers.models.trunks import find_trunk, is_trunk, part_of, pixels, timm_trunk
 
 OTHERS = "; features that you recorded of another model: vlmlayers.LayerFeatures.from_arrays"
 
@@ -272,18 +272,7 @@ def _end_of_text(module: Any, pool: str) -> Apply | None:
 def _hugging_face(text: HFTextEncoder, run: Apply) -> Tower:
     encoder: Any = text.transformer
     pooler = type(text.pooler).__name__
-    blocks = next(
-        (
-            found
-            for found in (
-                getattr(getattr(encoder, "encoder", None), "layer", None),  # BERT, RoBERTa
-                getattr(encoder, "block", None),  # T5
-                getattr(encoder, "layers", None),  # M2M-100
-            )
-            if found is not None
-        ),
-        None,
-    )
+    blocks = part_of(encoder, ("encoder.layer", "block", "layers"))  # of BERT, T5, M2M-100
     if blocks is None:
         raise UserError(f"no blocks are known in Hugging Face model {type(encoder).__name__}")
     config = text.config

@@ -141,12 +141,12 @@ def _dino(model: Any) -> Tower:
 
 def _is_transformers(model: Any) -> bool:
     named = getattr(getattr(model, "config", None), "model_type", "") != ""
-    return named and _part(model, _BLOCKS) is not None and _part(model, _NORMS) is not None
+    return named and part_of(model, _BLOCKS) is not None and part_of(model, _NORMS) is not None
 
 
 def _transformers(model: Any) -> Tower:
     """Find the tower of an image model of transformers: of its class token, or of its patches."""
-    settings, norm = model.config, _part(model, _NORMS)
+    settings, norm = model.config, part_of(model, _NORMS)
     if getattr(settings, "mask_ratio", 0):
         raise UserError(
             f"{type(model).__name__} leaves a random part of the patches out of each pass; set its "
@@ -174,7 +174,7 @@ def _transformers(model: Any) -> Tower:
         kind="blocks",
         family=f"transformers {settings.model_type}",
         run=run,
-        blocks=list(_part(model, _BLOCKS)),
+        blocks=list(part_of(model, _BLOCKS)),
         width=settings.hidden_size,
         pooling="cls" if token else "mean",
         prefix=1 + registers if token else 0,
@@ -184,7 +184,7 @@ def _transformers(model: Any) -> Tower:
     )
 
 
-def _part(model: Any, names: tuple[str, ...]) -> Any:
+def part_of(model: Any, names: tuple[str, ...]) -> Any:
     """Return the first of some dotted parts that a model has, or None."""
     for name in names:
         found = reduce(lambda part, step: getattr(part, step, None), name.split("."), model)

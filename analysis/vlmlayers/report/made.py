@@ -42,45 +42,34 @@ def made_tables(answer: Answer) -> list[Table]:
 def remarks(answer: Answer) -> list[str]:
     """Return what the run's scores and choice lack or no longer are, a sentence or two each."""
     left_out = answer.provenance.get("left_out", {})
-    outdated = {**_stopped(answer), **answer.provenance.get("outdated", {})}
-    return [
-        *(f"Left out: {name}. {reason}" for name, reason in left_out.items()),
-        *(
-            [f"Left out: the search in search.json, which is of {found}."]
-            if (found := answer.foreign_search)
-            else []
-        ),
-        *(
-            [f"Left out: the training in validation.csv, which is {found}."]
-            if (found := answer.foreign_validation)
-            else []
-        ),
-        *(
-            [
-                "How the scored features were extracted is not known: provenance.json is of a "
-                f"later extraction, by {found}."
-            ]
-            if (found := answer.foreign_extraction)
-            else []
-        ),
-        *(
+    said = [f"Left out: {name}. {reason}" for name, reason in left_out.items()]
+    if of := answer.foreign_search:
+        said.append(f"Left out: the search in search.json, which is of {of}.")
+    if of := answer.foreign_validation:
+        said.append(f"Left out: the training in validation.csv, which is {of}.")
+    if of := answer.foreign_extraction:
+        said.append(
+            "How the scored features were extracted is not known: provenance.json is of a later "
+            f"extraction, by {of}."
+        )
+    for stage, parts in {**_stopped(answer), **answer.provenance.get("outdated", {})}.items():
+        said.append(
             f"The study file shown is not what stage {stage} ran on: when the study was last run, "
             f"without that stage, these had changed: {', '.join(parts)}."
             if parts
             else f"Stage {stage} did not finish on the study file shown; what follows is of what "
             "lay there."
-            for stage, parts in outdated.items()
-        ),
-        *(
+        )
+    for stage in _beside_study(answer):
+        said.append(
             f"What {stage} found is not of the study file shown, which has no table [{stage}]."
-            for stage in _beside_study(answer)
-        ),
-        *(
+        )
+    for name in _rewritten(answer):
+        said.append(
             f"{name} was written anew by a verb since the study shown was run; how stands here, "
             "not in the study file."
-            for name in _rewritten(answer)
-        ),
-    ]
+        )
+    return said
 
 
 def _beside_study(answer: Answer) -> list[str]:

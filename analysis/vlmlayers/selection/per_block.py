@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,53 +26,44 @@ def metric_by_tower(table: BlockTable, name: str) -> dict[str, Array]:
     return {tower: normalise(table.curve(name, tower)) for tower in towers}
 
 
-def _product(*names: str) -> Callable[[BlockTable], dict[str, Array]]:
-    def scaled(table: BlockTable) -> dict[str, Array]:
-        parts = [metric_by_tower(table, name) for name in names]
-        return {
-            tower: np.prod([part[tower] for part in parts], axis=0)
-            for tower in table.blocks
-            if all(tower in part for part in parts)
-        }
-
-    return scaled
-
-
 @dataclass(frozen=True)
 class BlockScore:
     """A value per block, from which placement scores average.
 
     Attributes:
         meaning: What it says, in one line.
-        metrics: Metrics that the table must hold.
-        compute: Table → tower → (block,), each in [0, 1].
+        metrics: Metrics that the table must hold, whose product it is.
     """
 
     meaning: str
     metrics: tuple[str, ...]
-    compute: Callable[[BlockTable], dict[str, Array]]
+
+    def compute(self, table: BlockTable) -> dict[str, Array]:
+        """Return tower → (block,), each in [0, 1], of the towers that have all the metrics."""
+        parts = [metric_by_tower(table, name) for name in self.metrics]
+        return {
+            tower: np.prod([part[tower] for part in parts], axis=0)
+            for tower in table.blocks
+            if all(tower in part for part in parts)
+        }
 
 
 BLOCK_SCORES: dict[str, BlockScore] = {
     "accuracy": BlockScore(
         "dataset accuracy, scaled to its range over the tower's blocks",
         (_ACCURACY,),
-        _product(_ACCURACY),
     ),
     "agreement": BlockScore(
         "debiased CKA with the other tower's block of equal depth, scaled to its range",
         (_AGREEMENT,),
-        _product(_AGREEMENT),
     ),
     "accuracy_x_agreement": BlockScore(
         "scaled dataset accuracy times scaled agreement",
         (_ACCURACY, _AGREEMENT),
-        _product(_ACCURACY, _AGREEMENT),
     ),
     "accuracy_x_novel": BlockScore(
         "scaled dataset accuracy times scaled accuracy on novel classes, vision only",
         (_ACCURACY, _NOVEL),
-        _product(_ACCURACY, _NOVEL),
     ),
 }
 
