@@ -275,7 +275,7 @@ def studies(folder: Path) -> Target:
 
 
 def split_files(folder: Path) -> Target:
-    from data_fixtures import coop_dataset
+    from data_fixtures import coop_dataset, use
 
     rows = [[f"a/{i}.jpg", i % 3, "xyz"[i % 3]] for i in range(6)]
     lists = {"train": rows, "val": rows[:3], "test": rows[3:]}
@@ -283,13 +283,7 @@ def split_files(folder: Path) -> Target:
 
     def read(data: bytes) -> None:
         (folder / "split.json").write_bytes(data)
-        root = manifest.place().images.resolve()
-        for split in manifest.splits():
-            for item in manifest.items(split):
-                assert item.label < len(manifest.class_names())
-                assert manifest.location(item).resolve().is_relative_to(root)
-                manifest.prompt(item.class_name).encode()
-        manifest.check().line().encode()
+        use(manifest)
 
     return Target("split_files", [json.dumps(lists).encode()], read, swapped)
 

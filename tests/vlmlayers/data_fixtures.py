@@ -49,3 +49,15 @@ def folder_dataset(folder: Path, paths: list[str], extra: str = "") -> Manifest:
     write_pictures(folder, paths)
     path = write_manifest(folder, f'folder = "."\nlayout = "folder"\n{extra}')
     return Manifest.load(path)
+
+
+def use(manifest: Manifest) -> None:
+    """Do with a manifest what the toolkit does; every path must stay inside."""
+    root = manifest.place().images
+    for split in manifest.splits():
+        for item in manifest.items(split):
+            assert item.label < len(manifest.class_names())
+            assert manifest.location(item).resolve().is_relative_to(root.resolve())
+            manifest.prompt(item.class_name).encode()
+    manifest.check().line().encode()
+    assert "<script" not in manifest._repr_html_()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_fixtures import coop_dataset, write_manifest
+from data_fixtures import coop_dataset, use, write_manifest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -54,18 +54,6 @@ def refusal(work: Callable[[], Any]) -> str:
 def is_one_line(said: str) -> bool:
     """Return whether a refusal, empty where there was none, is one line that can be printed."""
     return "\n" not in said and len(said) < 2000 and said == said.encode().decode()
-
-
-def use(manifest: Manifest) -> None:
-    """Do with a manifest what the toolkit does; every path must stay inside."""
-    root = manifest.place().images
-    for split in manifest.splits():
-        for item in manifest.items(split):
-            assert item.label < len(manifest.class_names())
-            assert manifest.location(item).resolve().is_relative_to(root.resolve())
-            manifest.prompt(item.class_name).encode()
-    manifest.check().line().encode()
-    assert "<script" not in manifest._repr_html_()
 
 
 def listed(folder: Path, rows: list[dict[str, Any]]) -> Manifest:
