@@ -240,6 +240,15 @@ def ratio(top: Array, bottom: Array) -> Array:
     return np.divide(top, bottom, out=out, where=bottom > 0)
 
 
+def mean_of_pairs(sums: Array, weights: Array) -> Array:
+    """Return the weighted mean over pairs, (draw,), of what is 1 of an item with itself.
+
+    `sums` are over all i and j: of an item with itself and with its copies in a draw too.
+    """
+    own = np.square(weights).sum(axis=1)
+    return ratio(sums - own, np.square(weights.sum(axis=1)) - own)
+
+
 def one_hot(labels: Labels) -> Array:
     """Return the class indicator matrix, (item, class)."""
     return np.eye(int(labels.max()) + 1)[labels]

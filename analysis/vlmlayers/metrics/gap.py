@@ -17,11 +17,11 @@ from vlmlayers.metrics.checks import (
     Array,
     Given,
     Labels,
-    ratio,
     row_pairs,
     triangle,
     unit,
 )
+from vlmlayers.metrics.geometry import mean_cosine_of
 
 
 @checked
@@ -92,7 +92,7 @@ def rmg_weighted(x: Any, y: Any, pairs: Any, wx: Array, wy: Array) -> Array:
     # A pair is drawn with its image, so that captions of one image stay together.
     weight = wx[:, pairs[:, 0]]
     match = weight @ apart / weight.sum(axis=1)
-    own = 0.5 * (_mean_distance(x, wx) + _mean_distance(y, wy))
+    own = 0.5 * sum((1.0 - mean_cosine_of(z, w)) / 2.0 for z, w in ((x, wx), (y, wy)))
     if (match + own <= 1e-12).any():
         raise UserError("all images and texts coincide; the relative gap is undefined")
     return match / (match + own)
@@ -171,16 +171,6 @@ def retrieval_null(n_texts: int, matches: Labels, k: int) -> float:
     steps = np.arange(min(k, n_texts))[None, :]
     left = np.maximum(n_texts - matches[:, None] - steps, 0) / (n_texts - steps)
     return float((1.0 - left.prod(axis=1)).mean())
-
-
-def _mean_distance(x: Array, weights: Array) -> Array:
-    """Return the weighted mean of (1 − cos)/2 over i ≠ j, (draw,)."""
-    # All pairs from the sum of the rows, less each row with itself, at cosine 1: no n × n matrix.
-    sums = weights @ x
-    own = np.square(weights).sum(axis=1)
-    total = np.square(weights.sum(axis=1)) - own
-    cosine = ratio(np.square(sums).sum(axis=1) - own, total)
-    return (1.0 - cosine) / 2.0
 
 
 def _clouds(x: Any, y: Any, smallest_n: int = 1) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ from vlmlayers.metrics.checks import (
     Labels,
     centred,
     classes,
+    mean_of_pairs,
     one_hot,
     ratio,
     squared_distances,
@@ -90,11 +91,13 @@ def mean_cosine(x: Given) -> float:
 
 def mean_cosine_weighted(x: Any, weights: Array) -> Array:
     """Return the mean cosine under each row of item weights, (draw,)."""
-    # Σ_{i≠j} w_i w_j x_i·x_j = ‖Σ w_i x_i‖² − Σ w_i²: no pair is looked at.
-    x = unit(x, smallest_n=2)
-    own = np.square(weights).sum(axis=1)
-    total = np.square(weights.sum(axis=1)) - own
-    return ratio(np.square(weights @ x).sum(axis=1) - own, total)
+    return mean_cosine_of(unit(x, smallest_n=2), weights)
+
+
+def mean_cosine_of(x: Array, weights: Array) -> Array:
+    """Return the mean cosine of unit rows under each row of item weights, (draw,)."""
+    # Σ_ij w_i w_j x_i·x_j = ‖Σ w_i x_i‖²: no pair is looked at.
+    return mean_of_pairs(np.square(weights @ x).sum(axis=1), weights)
 
 
 @checked
@@ -118,11 +121,7 @@ def uniformity(x: Given) -> float:
 def uniformity_weighted(x: Any, weights: Array) -> Array:
     """Return uniformity under each row of item weights, (draw,)."""
     kernel = np.exp(-2.0 * squared_distances(unit(x, smallest_n=2)))
-    own = np.square(weights).sum(axis=1)
-    total = np.square(weights.sum(axis=1)) - own
-    # An item has kernel 1 with itself and with its copies in a draw: these pairs are left out.
-    sums = ((weights @ kernel) * weights).sum(axis=1) - own
-    return np.log(ratio(sums, total))
+    return np.log(mean_of_pairs(((weights @ kernel) * weights).sum(axis=1), weights))
 
 
 @checked
