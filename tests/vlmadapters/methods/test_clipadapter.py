@@ -75,18 +75,10 @@ def test_initial_weights_are_drawn_as_torch_draws_them_and_leave_its_state_alone
         assert 0.8 * bound < float(value.detach().abs().max()) <= bound
 
 
-def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:
-    model, (method, _) = shared_backbone(), built(CONFIGS[0])
-    path = save_official(tmp_path / "a.pth.tar", method)
-    with pytest.raises(UserError, match="inner width of 8, asked for is 16; change reduction"):
-        load_official(path, model, CLIPAdapterConfig(reduction=2))
-    with pytest.raises(UserError, match="holds fc, asked for is fc and text_fc"):
-        load_official(path, model, CLIPAdapterConfig(text_ratio=0.1))
+def test_a_file_for_another_width_is_refused(tmp_path: Path) -> None:
+    path = save_official(tmp_path / "a.pth.tar", built(CONFIGS[0])[0])
     with pytest.raises(UserError, match=r"fc.0.weight has shape \(8, 32\).* and \(192, 768\)"):
         load_official(path, shared_backbone("timm SigLIP, attention pool"), method="clipadapter")
-    torch.save({"prompt_learner.ctx": torch.zeros(4, 32)}, path)
-    with pytest.raises(UserError, match=r"another method than CLIP-Adapter: .*LASP"):
-        load_official(path, model, method="clipadapter")
 
 
 def test_a_reduction_leaves_a_width() -> None:

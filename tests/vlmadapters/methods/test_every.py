@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vlmadapters.data.task import Task
 from vlmadapters.files import load_method, load_official, save_method, save_official
 from vlmadapters.methods import BUILT_IN, METHODS
 from vlmadapters.methods.config import MethodConfig
-from vlmadapters.methods.configs import CoCoOpConfig, LASPConfig, ProDAConfig
+from vlmadapters.methods.configs import CoCoOpConfig, CoOpConfig, LASPConfig, ProDAConfig
 from vlmadapters.methods.deep_configs import (
     CLIPLoRAConfig,
     IVLPConfig,
@@ -27,6 +28,7 @@ from vlmadapters.methods.deep_configs import (
     RPOConfig,
 )
 from vlmadapters.methods.head_configs import CLIPAdapterConfig
+from vlmadapters.methods.mma.config import MMAConfig
 from vlmlayers.errors import UserError
 
 # What keeps two steps alike: no dropout, whose draws follow the shapes that savings cut.
@@ -161,3 +163,70 @@ def test_files_of_both_layouts_bring_back_the_method(
     for one in found:
         for name, value in method.named_parameters():
             assert torch.equal(one.get_parameter(name), value)
+
+
+BOTH = (1, 2, 3), (1, 2, 3)
+LORA = CLIPLoRAConfig((2,), (3,), matrices=("o", "q"), rank=3, alpha=2.0)
+# What a file was saved with, what is asked for, and how the refusal names both.
+UNLIKE: list[tuple[MethodConfig, MethodConfig, str]] = [
+    (CLIPAdapterConfig(), CLIPAdapterConfig(reduction=2),
+     "inner width of 8, asked for is 16; change reduction"),
+    (CLIPAdapterConfig(), CLIPAdapterConfig(text_ratio=0.1), "fc, asked for is fc and text_fc"),
+    (LORA, CLIPLoRAConfig(*BOTH), r"has vision \(2,\), asked for is \(1, 2, 3\)"),
+    (LORA, replace(LORA, rank=2), "has rank 3, asked for is 2"),
+    (LORA, replace(LORA, matrices=("q",)), "has matrices .*asked for is"),
+    (LORA, replace(LORA, alpha=1), "has alpha 2.0, asked for is 1"),
+    (CoOpConfig(), CoOpConfig((), (1, 2)), r"has text \(1,\), asked for is \(1, 2\)"),
+    (CoOpConfig(), CoOpConfig(words=""), "size 4 context words, asked for is 16 context words"),
+    (IVLPConfig(*BOTH), IVLPConfig((1, 2), (1, 2)), r"vision \(1, 2, 3\), asked for is \(1, 2\)"),
+    (IVLPConfig(*BOTH), IVLPConfig(*BOTH, vision_length=4), "vision_length 2, asked for is 4"),
+    (IVLPConfig(*BOTH), MMAConfig((1,), (1,)), "another method than MMA: it holds IVLP"),
+    (LASPConfig((1, 2, 3)), LASPConfig((1, 2)), r"vision \(1, 2, 3\), asked for is \(1, 2\)"),
+    (LASPConfig((1, 2, 3)), LASPConfig((1, 2, 3), correction=False),
+     "has correction True, asked for is False"),
+    (LASPConfig((1, 2, 3)), LASPConfig((1, 2, 3), words="a photo"),
+     "has 4 context words, asked for are 2"),
+    (LwEIBConfig(*BOTH), LwEIBConfig((2,), (1, 3)), r"text \(1, 2, 3\), asked for is \(1, 3\)"),
+    (MaPLeConfig(*BOTH), MaPLeConfig((1, 2), (1, 2)), r"vision \(1, 2, 3\), asked for is \(1, 2\)"),
+    (MaPLeConfig(*BOTH), MaPLeConfig(*BOTH, length=4), "length 2, asked for is 4"),
+    (RPOConfig(*BOTH, pairs=3), RPOConfig((1,), (1,), pairs=5), "has pairs 3, asked for is 5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "message"), UNLIKE, ids=lambda one: getattr(one, "name", "")
+)
+def test_a_file_of_other_settings_is_refused_with_both_sides_named(
+    saved: MethodConfig, asked: MethodConfig, message: str, tmp_path: Path
+) -> None:
+    path = save_official(tmp_path / "file.pth.tar", built_of(saved)[0])
+    with pytest.raises(UserError, match=message):
+        load_official(path, shared_backbone(), asked)
+
+
+# What a file holds, by shape, that a method does not take for its own.
+FOREIGN: list[tuple[str, dict[str, tuple[int, ...]], str]] = [
+    ("clipadapter", {"prompt_learner.ctx": (4, 32)}, "another method than CLIP-Adapter: .*LASP"),
+    ("cliplora", {"prompt_learner.ctx": (4, 32)}, "another method than CLIP-LoRA: .*LASP"),
+    ("coop", {"ctx": (4, 96)}, r"shape \(4, 96\) in the checkpoint and \(4, 32\)"),
+    ("coop", {"ctx": (4, 32), "meta_net.linear1.bias": (2,)},
+     "another method than CoOp: it holds meta_net"),
+    ("coop", {"ctx": (4,)}, r"holds no CoOp: its ctx has the shape \(4,\)"),
+    ("ivlp", {"prompt_learner.text_prompt": (2, 32)},
+     "another method than IVLP: .*prompt_learner.text_prompt"),
+    ("ivlp", {"image_encoder.conv1.weight": (2, 32)}, "holds no parameter of IVLP"),
+    ("lasp", {"prompt_learner.text_prompt": (2, 32)}, "another method than LASP: .*text_prompt"),
+    ("lasp", {"prompt_learner.w": (1, 32)}, "no LASP: it has no prompt_learner.ctx"),
+    ("lweib", {"text_adapter.1.down.0.weight": (4, 32)}, "another method than LwEIB"),
+    ("maple", {"prompt_learner.ctx": (2, 32)}, "another method than MaPLe: it holds IVLP"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "shapes", "message"), FOREIGN)
+def test_a_file_of_something_else_is_refused(
+    name: str, shapes: dict[str, tuple[int, ...]], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "file.pth.tar"
+    torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, path)
+    with pytest.raises(UserError, match=message):
+        load_official(path, shared_backbone(), method=name)

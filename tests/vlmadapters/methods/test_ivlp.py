@@ -15,7 +15,6 @@ from vlmadapters.clip.savings import Savings
 from vlmadapters.files import load_official, save_official
 from vlmadapters.methods.deep_configs import IVLPConfig
 from vlmadapters.methods.ivlp import IVLP
-from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError
 
@@ -133,24 +132,6 @@ def test_files_of_the_authors_may_hold_frozen_parts(tmp_path: Path) -> None:
     }
     torch.save(content, theirs)
     load_official(theirs, model, method.config)
-
-
-def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:
-    model, (method, _) = shared_backbone(), built(CONFIGS[0])
-    path = save_official(tmp_path / "a.pth.tar", method)
-    with pytest.raises(UserError, match=r"has vision \(1, 2, 3\), asked for is \(1, 2\)"):
-        load_official(path, model, IVLPConfig((1, 2), (1, 2)))
-    with pytest.raises(UserError, match="vision_length 2, asked for is 4"):
-        load_official(path, model, IVLPConfig((1, 2, 3), (1, 2, 3), vision_length=4))
-    with pytest.raises(UserError, match="another method than MMA: it holds IVLP"):
-        load_official(path, model, MMAConfig((1,), (1,)))
-    other = tmp_path / "b.pth.tar"
-    torch.save({"prompt_learner.text_prompt": torch.zeros(2, 32)}, other)
-    with pytest.raises(UserError, match=r"another method than IVLP: .*prompt_learner.text_prompt"):
-        load_official(other, model, method="ivlp")
-    torch.save({"image_encoder.conv1.weight": torch.zeros(2, 32)}, other)
-    with pytest.raises(UserError, match="holds no parameter of IVLP"):
-        load_official(other, model, method="ivlp")
 
 
 def test_bad_fits_are_one_line() -> None:

@@ -18,8 +18,7 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
 from vlmadapters.files import load_official, save_official
-from vlmadapters.methods.configs import CoOpConfig, LASPConfig
-from vlmadapters.methods.coop import CoOp
+from vlmadapters.methods.configs import LASPConfig
 from vlmadapters.methods.lasp import LASP
 from vlmadapters.methods.lasp import TEMPLATES as HAND_MADE
 from vlmadapters.protocols.train import train
@@ -179,27 +178,6 @@ def test_files_of_the_authors_may_hold_frozen_parts(tmp_path: Path) -> None:
     torch.save(content, theirs)
     found = load_official(theirs, model, method="lasp")
     assert found.config == LASPConfig((1, 2, 3), words="", length=4)
-
-
-def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:
-    model, (method, backbone) = shared_backbone(), built(CONFIGS[0])
-    path = save_official(tmp_path / "a.pth.tar", method)
-    for config, message in (
-        (LASPConfig((1, 2)), r"has vision \(1, 2, 3\), asked for is \(1, 2\)"),
-        (LASPConfig((1, 2, 3), correction=False), "has correction True, asked for is False"),
-        (LASPConfig((1, 2, 3), words="a photo"), "has 4 context words, asked for are 2"),
-    ):
-        with pytest.raises(UserError, match=message):
-            load_official(path, model, config)
-    other = save_official(tmp_path / "b.pth.tar", CoOp.build(CoOpConfig(), backbone, TASK))
-    with pytest.raises(UserError, match="LASP"):
-        load_official(other, model, method="lasp")
-    torch.save({"prompt_learner.text_prompt": torch.zeros(2, 32)}, other)
-    with pytest.raises(UserError, match=r"another method than LASP: .*text_prompt"):
-        load_official(other, model, method="lasp")
-    torch.save({"prompt_learner.w": torch.zeros(1, 32)}, other)
-    with pytest.raises(UserError, match=r"no LASP: it has no prompt_learner.ctx"):
-        load_official(other, model, method="lasp")
 
 
 def test_norms_of_blocks_that_are_not_standard_are_refused() -> None:

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.savings import Savings
 from vlmadapters.data.task import Task
-from vlmadapters.files import load_official, save_official
 from vlmadapters.methods.base import Step
 from vlmadapters.methods.deep_configs import LwEIBConfig
 from vlmadapters.methods.lweib import LwEIB
@@ -278,16 +277,6 @@ def test_a_file_of_another_kind_is_one_line(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=r"said.json (is not valid JSON|must hold an object)"):
         LwEIBConfig((1,), (1,), descriptions=str(path))
-
-
-def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:
-    model, (method, _) = shared_backbone(), built(CONFIGS[0])
-    path = save_official(tmp_path / "a.pth.tar", method)
-    with pytest.raises(UserError, match=r"has text \(1, 2, 3\), asked for is \(1, 3\)"):
-        load_official(path, model, CONFIGS[1])
-    torch.save({"text_adapter.1.down.0.weight": torch.zeros(4, 32)}, path)
-    with pytest.raises(UserError, match="another method than LwEIB"):
-        load_official(path, model, method="lweib")
 
 
 def test_memory_is_that_of_the_classes_a_step_draws() -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from backbones import shared_backbone, some_images
 from stepping import TASK, assert_same_step, built, first_step
 
 from vlmadapters.clip.savings import Savings
-from vlmadapters.files import load_official, save_official
 from vlmadapters.methods.deep_configs import IVLPConfig, MaPLeConfig
 from vlmadapters.training.recipes import load_recipe
-from vlmlayers.errors import UserError
 
 CONFIGS = [
     MaPLeConfig((1, 2, 3), (1, 2, 3)),
@@ -80,21 +76,3 @@ def test_the_published_placement_has_the_published_number_of_parameters() -> Non
     blocks = len(config.vision)
     assert blocks * (config.length * 512 + 512 * 768 + 768) == 3_555_072
     assert MaPLeConfig.published({"vision": 24, "text": 4}).placement == "v1-3,t1-3"
-
-
-def test_files_of_others_are_refused_with_both_sides_named(tmp_path: Path) -> None:
-    model, (method, _) = shared_backbone(), built(CONFIGS[0])
-    path = save_official(tmp_path / "a.pth.tar", method)
-    with pytest.raises(UserError, match=r"has vision \(1, 2, 3\), asked for is \(1, 2\)"):
-        load_official(path, model, MaPLeConfig((1, 2), (1, 2)))
-    with pytest.raises(UserError, match="length 2, asked for is 4"):
-        load_official(path, model, MaPLeConfig((1, 2, 3), (1, 2, 3), length=4))
-    with pytest.raises(UserError, match="another method than IVLP: it holds MaPLe"):
-        load_official(path, model, method="ivlp")
-    free, _ = built(IVLPConfig((1,), (1,)))
-    path = save_official(tmp_path / "b.pth.tar", free)
-    with pytest.raises(UserError, match="another method than MaPLe: it holds IVLP"):
-        load_official(path, model, method="maple")
-    torch.save({"prompt_learner.ctx": torch.zeros(2, 32)}, path)
-    with pytest.raises(UserError, match="another method than MaPLe: it holds IVLP"):
-        load_official(path, model, method="maple")
