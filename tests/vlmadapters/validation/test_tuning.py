@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from backbones import shared_backbone
-from PIL import Image
+from backbones import colour_folder, shared_backbone
 
 import vlmlayers as vl
 from vlmadapters.methods.mma.config import MMAConfig
@@ -36,14 +35,7 @@ QUICK: dict[str, Any] = {"recipe": RECIPE, "kinds": ("all",), "seeds": (1,), "pr
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    base = tmp_path_factory.mktemp("data") / "colours"
-    generator = np.random.default_rng(3)
-    for split, label, number in np.ndindex(2, 4, 5):
-        folder = base / ("train", "test")[split] / ("red", "green", "blue", "gray")[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        noise = generator.integers(0, 200, (4, 4, 3)).astype(np.uint8)
-        noise[..., label % 3] = 60 * label
-        Image.fromarray(noise).resize((32, 32)).save(folder / f"{number}.png")
+    base = colour_folder(tmp_path_factory.mktemp("data") / "colours", train=5, test=5)
     return Manifest.load(base)
 
 
