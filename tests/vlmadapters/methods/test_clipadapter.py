@@ -65,13 +65,9 @@ def test_images_and_texts_are_frozen_to_the_end() -> None:
     assert [method.first(backbone, tower) for tower in ("vision", "text")] == [4, 4]
 
 
-def test_initial_weights_are_drawn_as_torch_draws_them_and_leave_its_state_alone() -> None:
-    before = torch.get_rng_state()
-    (method, _), (again, _) = built(CONFIGS[0]), built(CONFIGS[0])
-    assert torch.equal(before, torch.get_rng_state())
-    for (name, value), other in zip(method.named_parameters(), again.parameters()):
+def test_initial_weights_are_drawn_as_torch_draws_them() -> None:
+    for value in built(CONFIGS[0])[0].parameters():
         bound = value.shape[1] ** -0.5
-        assert torch.equal(value, other), name
         assert 0.8 * bound < float(value.detach().abs().max()) <= bound
 
 

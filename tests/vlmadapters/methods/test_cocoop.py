@@ -63,16 +63,11 @@ def test_images_go_through_in_parts_where_all_their_texts_would_not_fit(
     assert_same_step(first_step(*built(CONFIGS[0])), whole)
 
 
-def test_the_network_narrows_to_a_sixteenth_and_is_drawn_from_the_seed_alone() -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    (one, backbone), (two, _) = built(CONFIGS[0]), built(CONFIGS[0])
-    assert torch.equal(torch.get_rng_state(), before)
-    for key, value in one.official_state_dict().items():
-        assert torch.equal(value, two.official_state_dict()[key]), key
+def test_the_network_narrows_to_a_sixteenth() -> None:
+    method, backbone = built(CONFIGS[0])
     joint, width = backbone.joint, backbone.text.tower.width
     hidden = joint // 16
-    shapes = {key: tuple(value.shape) for key, value in one.official_state_dict().items()}
+    shapes = {key: tuple(value.shape) for key, value in method.official_state_dict().items()}
     assert shapes == {
         "ctx": (4, width),
         "meta_net.linear1.weight": (hidden, joint),

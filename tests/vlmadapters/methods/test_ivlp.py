@@ -97,16 +97,10 @@ def test_a_tower_with_rotary_positions_takes_no_further_tokens() -> None:
     built(IVLPConfig((), (1,)), family="timm EVA")
 
 
-def test_block_1_starts_from_words_and_the_rest_near_zero_whatever_was_drawn_before() -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
+def test_block_1_starts_from_words_and_the_rest_near_zero() -> None:
     method, backbone = built(IVLPConfig((1, 2), (1, 2)))
-    again, _ = built(IVLPConfig((1, 2), (1, 2)))
-    assert torch.equal(before, torch.get_rng_state())
     ids = backbone.tokens(["a photo"])[0, 1:3]
     assert torch.equal(method.text["1"], backbone.clip.token_embedding.weight[ids])
-    for name, value in method.named_parameters():
-        assert torch.equal(value, again.get_parameter(name))
     drawn = torch.cat([method.vision["1"].flatten(), method.vision["2"].flatten()])
     assert 0.015 < float(drawn.detach().std()) < 0.025
 
