@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,10 +37,11 @@ from vlmlayers.models.modes import on_cpu
 from vlmlayers.models.preprocessing import check_settings, of_file, of_tag
 from vlmlayers.models.recording import probe
 from vlmlayers.models.tokenizers import make_tokenizer
-from vlmlayers.models.vlm import VLM
+from vlmlayers.models.vlm import VLM, untrained
 from vlmlayers.models.wrappers import unwrapped
 from vlmlayers.progress import say
 
+LOG = logging.getLogger(__name__)
 WEIGHT_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MINI_FOLDER = MINIATURES["mini-clip"]  # by this name scripts know it
 
@@ -183,7 +185,8 @@ def wrap_model(
         name: Architecture, for tables; what the model says of itself where None.
         weights: Where the weights came from, for tables.
         preprocess_train: Its training transform; `preprocess` where absent.
-        random_weights: Whether the model is untrained.
+        random_weights: Whether the model is untrained. Unless `weights` are named, one whose norms
+            are all as they were initialised counts as such.
 
     Raises:
         UserError: The module tree is unknown, or how its images are prepared.
@@ -208,6 +211,13 @@ def wrap_model(
         random_weights,
         preprocess_config=found.settings,
     )
+    if model.weights == "in memory" and untrained(module):
+        LOG.warning(
+            "%s counts as untrained: all its norms are as they were initialised; if it is trained, "
+            "give wrap_model(…, weights='where from')",
+            model.name,
+        )
+        model.weights, model.random_weights = "random", True
     kinds = {kind: name for name, kind in WEIGHT_TYPES.items()}
     model.precision = kinds.get(model.input_dtype, "fp32")
     return model

@@ -209,6 +209,7 @@ _SETTINGS = (
 # which old files call 2.
 _USUAL = {"text_pool_type": ("argmax",), "eos_token_id": (2, 49407)}
 _IDLE = ("Identity", "Dropout", "PatchDropout", "DropPath")  # of no effect in eval mode
+_NORMS = 3  # fewer say little
 _PROBE = 96  # side of the image that a transform is known by
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
@@ -257,6 +258,24 @@ def shared_structure(*structures: Mapping[str, list[str]]) -> list[dict[str, lis
     """Return structures as far as all of them name a setting, as versions of a library differ."""
     shared = set(structures[0]).intersection(*structures)
     return [{key: one[key] for key in sorted(shared)} for one in structures]
+
+
+def untrained(module: nn.Module) -> bool:
+    """Return whether all norms of a model are as they were initialised, 1 or 0 with a bias of 0.
+
+    Any training moves them, and a model of which nobody loaded the weights computes all the same.
+    """
+    own = (
+        dict(part.named_parameters(recurse=False))
+        for part in module.modules()
+        if "Norm" in type(part).__name__
+    )
+    norms = [one for one in own if "weight" in one]
+    return len(norms) >= _NORMS and not any(
+        ((value != 0) & (value != float(name == "weight"))).any()
+        for one in norms
+        for name, value in one.items()
+    )
 
 
 def _stamp(state: Mapping[str, Tensor]) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 import open_clip
 import peft
 import pytest
+import timm
 import tiny
 import torch
 import transformers
@@ -153,6 +154,27 @@ def test_what_open_clips_factory_returns_is_a_model():
     # Or scores, figures and reports, which go by the name of the weights, would not say so.
     with pytest.raises(vl.UserError, match="random_weights=True that they are untrained"):
         wrap_model(made, weights="seed 3", random_weights=True)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "transformers", "timm", "timm with batch norms"])
+def test_a_model_that_nobody_trained_is_called_so_wherever_it_goes(kind, caplog):
+    """`create_model_and_transforms` without `pretrained` loads nothing, and does not fail."""
+    made = {
+        "open_clip": lambda: open_clip.create_model_and_transforms("ViT-S-32-alt"),
+        "transformers": lambda: type(built := transformers_models.build("CLIP"))(built.config),
+        "timm": lambda: timm.create_model("test_vit"),
+        "timm with batch norms": lambda: timm.create_model("test_resnet"),
+    }[kind]()
+    model = wrap_model(made)
+    assert model.random_weights and model.weights == "random"
+    assert "counts as untrained: all its norms are as they were initialised" in caplog.text
+    caplog.clear()
+    assert not wrap_model(made, weights="step 0").random_weights
+    norm = next(part for part in model.clip.modules() if "Norm" in type(part).__name__)
+    with torch.no_grad():
+        norm.weight.mul_(1.01)
+    assert not wrap_model(made).random_weights
+    assert "untrained" not in caplog.text
 
 
 def _compiled(module):
