@@ -185,8 +185,8 @@ def wrap_model(
         name: Architecture, for tables; what the model says of itself where None.
         weights: Where the weights came from, for tables.
         preprocess_train: Its training transform; `preprocess` where absent.
-        random_weights: Whether the model is untrained. Unless `weights` are named, one whose norms
-            are all as they were initialised counts as such.
+        random_weights: Whether the model is untrained. Where `weights` are not named, one
+            counts as such of which a tower has all its norms as they were initialised.
 
     Raises:
         UserError: The module tree is unknown, or how its images are prepared.
@@ -211,12 +211,13 @@ def wrap_model(
         random_weights,
         preprocess_config=found.settings,
     )
-    if model.weights == "in memory" and untrained(module):
+    fresh = [tower for tower, found in model.towers.items() if untrained(found.blocks)]
+    if fresh and model.weights == "in memory":
         LOG.warning(
-            "%s counts as untrained: all its norms are as they were initialised; if it is trained, "
-            "give wrap_model(…, weights='where from')",
-            model.name,
-        )
+            "%s counts as untrained: all norms in the blocks of its %s tower are as they were "
+            "initialised; if it is trained, give wrap_model(…, weights='where from')",
+            model.name, " and its ".join(fresh),
+        )  # fmt: skip
         model.weights, model.random_weights = "random", True
     kinds = {kind: name for name, kind in WEIGHT_TYPES.items()}
     model.precision = kinds.get(model.input_dtype, "fp32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from html import escape
@@ -260,14 +260,16 @@ def shared_structure(*structures: Mapping[str, list[str]]) -> list[dict[str, lis
     return [{key: one[key] for key in sorted(shared)} for one in structures]
 
 
-def untrained(module: nn.Module) -> bool:
-    """Return whether all norms of a model are as they were initialised, 1 or 0 with a bias of 0.
+def untrained(blocks: Iterable[nn.Module]) -> bool:
+    """Return whether all norms of a tower's blocks are as they were initialised.
 
-    Any training moves them, and a model of which nobody loaded the weights computes all the same.
+    That is 1, or 0 as some last ones of a block, with biases of 0. Any training moves them, and a
+    model of which nobody loaded the weights computes all the same.
     """
     own = (
         dict(part.named_parameters(recurse=False))
-        for part in module.modules()
+        for block in blocks
+        for part in block.modules()
         if "Norm" in type(part).__name__
     )
     norms = [one for one in own if "weight" in one]

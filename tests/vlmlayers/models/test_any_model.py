@@ -167,14 +167,18 @@ def test_a_model_that_nobody_trained_is_called_so_wherever_it_goes(kind, caplog)
     }[kind]()
     model = wrap_model(made)
     assert model.random_weights and model.weights == "random"
-    assert "counts as untrained: all its norms are as they were initialised" in caplog.text
     caplog.clear()
     assert not wrap_model(made, weights="step 0").random_weights
-    norm = next(part for part in model.clip.modules() if "Norm" in type(part).__name__)
-    with torch.no_grad():
-        norm.weight.mul_(1.01)
-    assert not wrap_model(made).random_weights
     assert "untrained" not in caplog.text
+    for left, tower in reversed([*enumerate(model.towers.values())]):
+        own = (part for block in tower.blocks for part in block.modules())
+        norm = next(part for part in own if "Norm" in type(part).__name__)
+        with torch.no_grad():
+            norm.weight.mul_(1.01)
+        caplog.clear()
+        assert wrap_model(made).random_weights is (left > 0)
+        told = "counts as untrained: all norms in the blocks of its vision tower are as they were"
+        assert (told in caplog.text) is (left > 0)
 
 
 def _compiled(module):
