@@ -34,7 +34,19 @@ from vlmadapters.clip.logits import scaled_cosines
 from vlmadapters.clip.walk import Inside, State
 from vlmadapters.data.task import Task
 from vlmadapters.methods.config import MethodConfig
+from vlmadapters.methods.hooks import attached
 from vlmlayers.errors import UserError
+
+# Points at which a method changes what the model computes; hooks on blocks reach `beside` alone.
+_ACTS = (
+    "before",
+    "inside",
+    "beside",
+    "prepare",
+    "image_features",
+    "class_features",
+    "logits",
+)
 
 
 @dataclass(eq=False)
@@ -229,11 +241,14 @@ class Method(nn.Module):
     # Attached to the backbone by hooks
 
     def attached(self, clip: nn.Module) -> AbstractContextManager[Self]:
-        """Attach to a backbone for the length of a context, where the method acts at blocks alone.
+        """Attach to a backbone for the length of a context, where the method acts `beside` blocks.
 
         Raises:
-            UserError: The method changes prompts or logits, which hooks on blocks cannot.
+            UserError: The method changes more than the outputs of blocks, which hooks cannot.
         """
+        own = [name for name in _ACTS if getattr(type(self), name) is not getattr(Method, name)]
+        if own == ["beside"]:
+            return attached(self, clip)
         raise UserError(
             f"{self.config.title} changes more than the blocks of a tower and cannot be attached "
             "by hooks; "

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmadapters.clip.towers import backbone_towers, first_norm
-from vlmadapters.methods.base import Method
 from vlmlayers.errors import UserError
 from vlmlayers.models.modes import frozen
 from vlmlayers.models.towers import Tower
 
-M = TypeVar("M", bound=Method)
-
 
 @contextmanager
-def attached(method: M, clip: nn.Module) -> Iterator[M]:
+def attached(method: Any, clip: nn.Module) -> Iterator[Any]:
     """Attach a method to a backbone for the length of the context; its weights stay frozen.
 
     Raises:
@@ -50,7 +47,7 @@ def _single(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 class _BlockHooks:
     """Hooks on one block and on its first norm, whose output the method reuses."""
 
-    def __init__(self, method: Method, where: Tower, block: int) -> None:
+    def __init__(self, method: Any, where: Tower, block: int) -> None:
         module = where.blocks[block - 1]
         self.method, self.tower, self.block = method, where.name, block
         self.inside = method.inside(where.name, block)

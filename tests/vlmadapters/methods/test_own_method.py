@@ -176,18 +176,7 @@ def test_an_adapter_in_a_new_process_names_its_class(
         assert "Shift computes beside" in said if verb is exported else done.exit_code == 0
 
 
-HOOKED = """
-    @contextlib.contextmanager
-    def attached(self, clip):
-        block = clip.visual.transformer.resblocks[1]
-        hook = block.register_forward_hook(lambda m, i, out: out + self.shifts["vision2"])
-        yield self
-        hook.remove()
-"""
-
-
 def test_features_of_an_adapter_of_an_own_method(own: Path, tmp_path: Path) -> None:
-    own.write_text("import contextlib\n" + own.read_text() + HOOKED)
     model = load_model("mini-clip")
     config = va.METHODS[f"{own}:Shift"].Config(vision=(2,))
     method = va.METHODS["shift"].build(config, Backbone(model.clip), Task(("a", "b")))
@@ -215,11 +204,15 @@ def test_features_of_an_adapter_of_an_own_method(own: Path, tmp_path: Path) -> N
     before, after = (tower.array("2") for tower in (plain.vision, features(*named)))
     np.testing.assert_allclose(after, before + 0.5, atol=1e-5)
     # Other code makes other features of the same file: none of the store is taken for them.
-    other = own.read_text().replace("out + self.shifts", "out - self.shifts")
+    other = own.read_text().replace("out + self.config", "out - self.config")
     with pytest.raises(UserError, match="belongs to another extraction"):
         features(*named, code=other)
     after = features(*named, "--force", code=other).array("2")
     np.testing.assert_allclose(after, before - 0.5, atol=1e-5)
+    # What else it changes no hook can.
+    other += "\n    def logits(self, backbone, images, classes):\n        return images @ classes.T\n"
+    with pytest.raises(UserError, match="Shift changes more than the blocks of a tower"):
+        features(*named, "--force", code=other)
 
 
 def test_a_file_of_postponed_annotations_and_of_another_methods_name(

@@ -16,7 +16,6 @@ from vlmadapters.clip.frozen import Backbone
 from vlmadapters.clip.towers import Clip, backbone_towers
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method
-from vlmadapters.methods.hooks import attached
 from vlmadapters.methods.linear import new_linear
 from vlmadapters.methods.mma.branch import add_branch
 from vlmadapters.methods.mma.config import MMAConfig
@@ -134,7 +133,7 @@ class Adapter(Method):
                     f"the adapter was made for a {name} tower of width {self.widths[name]}, this "
                     f"backbone's has width {tower.width}; load the backbone it was made for"
                 )
-        return attached(self, clip)
+        return super().attached(clip)
 
     @classmethod
     def is_official_key(cls, key: str) -> bool:
