@@ -29,6 +29,10 @@ FOREIGN_CONFIG = "config.json"  # of transformers or timm
 # has a language model that reads them among its words, and so no text tower.
 IMAGES = {"image_size", "patch_size", "num_channels", "vision_config", "image_config"}
 AS_WORDS = {"image_token_id", "image_token_index"}
+OF_PEFT = (
+    "holds what peft trained beside a model, not the model; merge them, as in "
+    "torch.save(peft_model.merge_and_unload().state_dict(), 'merged.pt'), and give that file"
+)
 WANTED = "choose a CLIP, a SigLIP or one of their like"
 UNLIKE = (OSError, SyntaxError, ImportError, NameError, AttributeError, LookupError, TypeError)
 _MODELS = Path(__file__).parent / "models"
@@ -257,6 +261,8 @@ def weights_of(
         return None, file
     if checkpoint is None and tags and file.suffix not in WEIGHT_SUFFIXES and len(file.parts) == 1:
         check_one_of("pretrained tag", str(asked), tags, where=f"model {name}")
+    if (file / "adapter_config.json").is_file():
+        raise UserError(f"checkpoint {asked} {OF_PEFT}")
     hint = "" if tags else f"; {name} has no tags, its weights are named by a file"
     raise UserError(f"checkpoint {asked} {no_file(file)}{hint}")
 

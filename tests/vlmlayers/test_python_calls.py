@@ -113,7 +113,7 @@ def test_features_are_walked_by_the_names_that_brackets_take() -> None:
     ("call", "line"),
     [
         (lambda: extract(split="validation"), "unknown split 'validation'; valid: train, val"),
-        (lambda: extract(items=0), "items takes a whole number from 1"),
+        (lambda: extract(items=0), "items takes a whole number from 1 or items of the dataset or"),
         (lambda: extract(items=6.0), "items takes a whole number from 1"),
         (lambda: extract(batch_size=0), "batch_size is 0; at least 1"),
         (lambda: extract(workers=-1), "workers is -1; at least 0"),

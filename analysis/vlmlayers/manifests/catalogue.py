@@ -17,6 +17,7 @@ from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_manifest
 
 MANIFESTS_VARIABLE = "VLMLAYERS_MANIFESTS"
 # Of the files in METADATA; as if by default, since not all of them have captions.
+_UNTELLING = ("items", "metadata")
 _HUB_COLUMNS = Columns.model_construct(set(), path="file_name", caption="text")
 
 
@@ -65,8 +66,11 @@ def find(name: str | os.PathLike[str]) -> tuple[str, Spec, Path | None]:
     path = Path(text).expanduser()
     if path.suffix.lower() in READERS and path.is_file():
         columns = _HUB_COLUMNS if path.name in METADATA else Columns()
-        spec = Spec(title=path.stem, layout="table", split_file=(path.name,), columns=columns)
-        return path.stem, spec, path
+        # The guide calls every table items.csv: two of them are told apart by their folders.
+        name = path.resolve().parent.name if path.stem in _UNTELLING else path.stem
+        name = name or path.stem  # of the disk's own folder
+        spec = Spec(title=name, layout="table", split_file=(path.name,), columns=columns)
+        return name, spec, path
     if not (is_path(text) or path.is_dir()):
         try:
             check_one_of("dataset", text, names())

@@ -72,7 +72,13 @@ class Manifest:
             UserError: The name is empty or unknown (with the nearest), or the manifest is not
                 valid.
         """
-        return cls(*catalogue.find(name))
+        made = cls(*catalogue.find(name))
+        if made.layout == "builtin" and Path(name).is_dir():
+            _say_once(
+                f"{made.name} is a dataset that is drawn by code; ./{made.name} is the folder "
+                "of that name"
+            )
+        return made
 
     @staticmethod
     def names() -> list[str]:
@@ -457,7 +463,7 @@ def distinct(manifests: Iterable[Manifest], root: Root = None) -> list[Manifest]
         if (manifest.spec, mine) != (other.spec, theirs):
             raise UserError(
                 f"two datasets are called {manifest.name!r}: {other.source or theirs} and "
-                f"{manifest.source or mine}; rename a folder, or write a manifest of another name"
+                f"{manifest.source or mine}; rename one, or write a manifest of another name"
             )
     return list(found.values())
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from vlmlayers.architectures import OF_PEFT
 from vlmlayers.errors import UserError, no_file, one_line
 from vlmlayers.models.archives import is_archive, read_archive
 
@@ -119,13 +120,36 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from error
     except (*BROKEN, zipfile.BadZipFile) as error:
         raise UserError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
-    state = found.get("state_dict", found) if isinstance(found, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"checkpoint {path} holds no state dict of tensors")
-    if not state:
-        raise UserError(f"checkpoint {path} holds no tensors")
+    state = _weights(found, path)
+    if any(".lora_" in key for key in state):
+        raise UserError(f"checkpoint {path} {OF_PEFT}")
     # `module.` is what a file has that was saved from inside DataParallel.
     return Checkpoint(path, {str(key).removeprefix("module."): v for key, v in state.items()})
+
+
+def _weights(found: Any, path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a file, where it is alone or the only one."""
+    if not isinstance(found, dict):
+        raise UserError(f"checkpoint {path} holds no state dict of tensors")
+    # Trainers keep epoch, optimizer and more beside it, under names of their own.
+    inner = {name: held for name, held in found.items() if _is_state(held)}
+    inner = {"state_dict": inner["state_dict"]} if "state_dict" in inner else inner
+    if len(inner) > 1:
+        names = ", ".join(map(repr, inner))
+        raise UserError(
+            f"checkpoint {path} holds several state dicts, {names}; save one in a file of its own"
+        )
+    state = next(iter(inner.values()), found)
+    if not state:
+        raise UserError(f"checkpoint {path} holds no tensors")
+    if not _is_state(state):
+        raise UserError(f"checkpoint {path} holds no state dict of tensors")
+    return state
+
+
+def _is_state(held: Any) -> bool:
+    values = held.values() if isinstance(held, dict) else ()
+    return bool(values) and all(isinstance(value, Tensor) for value in values)
 
 
 def load_checkpoint(clip: nn.Module, checkpoint: Checkpoint) -> None:

@@ -15,7 +15,6 @@ import torch
 
 from vlmlayers.arguments import Count, Seed, checked
 from vlmlayers.errors import UserError, check_one_of
-from vlmlayers.manifests import Item
 from vlmlayers.metrics.model_level import (
     accuracy_drops,
     chance_margin,
@@ -26,7 +25,7 @@ from vlmlayers.metrics.model_level import (
 from vlmlayers.models import gradients
 from vlmlayers.models.examined import Inputs, Rows
 from vlmlayers.models.modes import at_rest, in_float32, on_cpu
-from vlmlayers.models.options import Dataset, ExtractOptions
+from vlmlayers.models.options import Dataset, ExtractOptions, Items
 from vlmlayers.models.residual import BIAS, contributions
 from vlmlayers.models.vlm import LoadedModel
 from vlmlayers.models.work import autocast
@@ -47,7 +46,7 @@ def examine(
     split: str = "train",
     metrics: Sequence[str] | None = None,
     *,
-    items: Count | Sequence[Item] = 200,
+    items: Items = 200,
     root: str | Path | None = None,
     template: str | None = None,
     batch_size: Count = 32,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlmlayers.arguments import Count, Seed, Takes, checked
+from vlmlayers.arguments import Seed, Takes, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
@@ -21,7 +21,7 @@ from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.devices import resolve_precision
 from vlmlayers.models.modes import on_cpu
 from vlmlayers.models.nvjpeg import refuse_nvjpeg
-from vlmlayers.models.options import ExtractOptions, dataset_of, is_manifest
+from vlmlayers.models.options import ExtractOptions, Items, dataset_of, is_manifest
 from vlmlayers.models.own_data import OwnData, own_data
 from vlmlayers.models.recording import Recorder
 from vlmlayers.models.vlm import VLM, LoadedModel
@@ -59,7 +59,7 @@ def extract(
     class_names: NamesInOrder | None = None,
     texts: InOrder | None = None,
     name: str | None = None,
-    items: Count | Sequence[Item] | None = None,
+    items: Items | None = None,
     root: str | Path | None = None,
     out: str | Path | None = None,
     template: str | None = None,

@@ -32,9 +32,10 @@ def is_manifest(given: Any) -> bool:
 
 
 def _items(given: Any) -> Any:
-    return taken("extract", "items", Count | Sequence[Item] | None, given)
+    return taken("extract", "items", Items | None, given)
 
 
+Items = Count | Sequence[Annotated[Item, Takes("an item", "items of the dataset")]]
 Dataset = Annotated[Any, Takes("a dataset's name, path or Manifest", convert=dataset_of)]
 
 

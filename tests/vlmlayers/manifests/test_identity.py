@@ -259,5 +259,5 @@ def test_two_datasets_of_one_name_are_refused(
     toml = folder_dataset(tmp_path / "c", ["bird/0.png"]).source
     assert toml is not None
     other = Manifest.load(toml.rename(toml.with_name("images.toml")))
-    with pytest.raises(UserError, match="rename a folder, or write a manifest of another name"):
+    with pytest.raises(UserError, match="rename one, or write a manifest of another name"):
         distinct([first, other])

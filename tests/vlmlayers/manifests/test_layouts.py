@@ -16,7 +16,7 @@ import pytest
 from data_fixtures import coop_dataset, folder_dataset, write_manifest, write_pictures
 
 from vlmlayers.errors import UserError
-from vlmlayers.manifests import Item, Manifest
+from vlmlayers.manifests import Item, Manifest, distinct
 
 OUTSIDE = ["../secret.jpg", "/etc/passwd", "a/../../b.jpg", "..", "\\\\host\\x.jpg", "C:/x.jpg",
            "a\\..\\b.jpg", ""]  # fmt: skip
@@ -436,6 +436,31 @@ def test_a_plain_table_needs_no_manifest(
     hub = [{"file_name": "a.jpg", "label": "ant"}, {"file_name": "b.jpg", "label": "bee"}]
     write_table(tmp_path / "metadata.jsonl", hub)  # type: ignore[arg-type]
     assert Manifest.load("metadata.jsonl").class_names() == ("ant", "bee")
+
+
+def test_a_table_of_items_has_the_name_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("ants", "bees"):
+        write_pictures(tmp_path / folder, ["a.jpg", "b.jpg", "c.jpg"])
+        write_table(tmp_path / folder / "items.csv", ROWS)
+    monkeypatch.chdir(tmp_path / "bees")
+    both = [Manifest.load(tmp_path / "ants/items.csv"), Manifest.load("items.csv")]
+    assert [(one.name, one.title) for one in both] == [("ants", "ants"), ("bees", "bees")]
+    assert distinct(both) == both
+
+
+def test_a_folder_of_the_name_of_a_drawn_dataset_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Manifest.load("faces")
+    assert not caplog.messages
+    write_pictures(tmp_path / "faces", ["a/0.jpg", "b/0.jpg"])
+    Manifest.load("faces")
+    assert "faces is a dataset that is drawn by code; ./faces is the folder of that" in caplog.text
+    caplog.clear()
+    assert Manifest.load("./faces").layout == "folder" and not caplog.messages
 
 
 def test_a_folder_of_one_class_names_the_table_beside_it(tmp_path: Path) -> None:

@@ -86,6 +86,29 @@ def test_torch_files_with_tensors_alone_and_wrapped_prefixes_load(folder):
     assert model.weights_hash == load_model(str(folder)).weights_hash
 
 
+def test_a_state_dict_is_found_in_a_trainers_file(folder):
+    state, config = tiny.build("loaded").state_dict(), folder / "open_clip_config.json"
+    optimizer = {"state": {0: {"step": torch.zeros(1)}}, "param_groups": [{"lr": 0.1}]}
+    file = folder / "own.pt"
+    torch.save({"model": state, "optimizer": optimizer, "epoch": 3}, file)
+    model = load_model("local", config=config, checkpoint=file)
+    assert model.weights_hash == load_model(str(folder)).weights_hash
+    torch.save({"model": state, "ema": state}, file)
+    with pytest.raises(UserError, match="several state dicts, 'model', 'ema'; save one"):
+        load_model("local", config=config, checkpoint=file)
+
+
+def test_what_peft_saved_is_named(folder):
+    peft = pytest.importorskip("peft", reason="needs the extra 'peft'")
+    clip, config = tiny.build("loaded"), folder / "open_clip_config.json"
+    adapted = peft.get_peft_model(clip, peft.LoraConfig(target_modules=["c_fc"]))
+    adapted.save_pretrained(folder / "lora")
+    torch.save(adapted.state_dict(), folder / "all.pt")
+    for given in ("lora", "lora/adapter_model.safetensors", "all.pt"):
+        with pytest.raises(UserError, match="holds what peft trained .*merge_and_unload"):
+            load_model("local", config=config, checkpoint=folder / given)
+
+
 def test_preprocessing_comes_from_the_configuration(folder):
     body = {"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
     (folder / "open_clip_config.json").write_text(json.dumps(body))
