@@ -15,6 +15,9 @@ from vlmlayers.errors import UserError, check_one_of, looked_for
 from vlmlayers.runs import Run
 
 FORMATS = ("svg", "png", "pdf")
+Drawn = Annotated[
+    list[str] | None, several("Metric to draw along depth besides the usual ones.", "--metric")
+]
 FEW = 100_000  # objects made between two looks for cycles
 
 
@@ -39,6 +42,7 @@ def report(
         Path | None, typer.Option(help="Folder of the comparison; the current one where absent.")
     ] = None,
     title: Annotated[str, typer.Option(help="Heading.")] = "",
+    metric: Drawn = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -51,12 +55,14 @@ def report(
         raise UserError(
             f"--out is for a comparison of several runs; the report of {runs[0]} goes into it"
         )
+    if metric and len(runs) > 1:
+        raise UserError("--metric is for the report of one run, not for a comparison of several")
     for run in runs:
         Run.open(run).require_choice()  # before what takes seconds to import
     from vlmlayers.report import write_comparison, write_report
 
     if len(runs) == 1:
-        typer.echo(f"report {write_report(runs[0], title=title)}")
+        typer.echo(f"report {write_report(runs[0], title=title, metrics=metric or ())}")
         return
     typer.echo(f"report {write_comparison(runs, out or Path(), title or 'Comparison')}")
 
@@ -68,6 +74,7 @@ def figures(
         list[str] | None,
         several("svg, png, pdf; all where absent.", "--format"),
     ] = None,
+    metric: Drawn = None,
     paper: Annotated[
         Path | None,
         typer.Option(help="Draw the paper's figures and tables of all runs together, in here."),
@@ -78,6 +85,8 @@ def figures(
         check_one_of("format", one, FORMATS, where="--format")
     if formats and paper is not None:
         raise UserError("--format is for the figures of a run; --paper draws in formats of its own")
+    if metric and paper is not None:
+        raise UserError("--metric is for the figures of a run; --paper draws those of a paper")
     for run in runs:
         if paper is None:
             Run.open(run).require_choice()
@@ -92,5 +101,5 @@ def figures(
     from vlmlayers.report import write_figures
 
     for run in runs:
-        for path in write_figures(run, formats=tuple(formats or FORMATS)):
+        for path in write_figures(run, tuple(formats or FORMATS), metric or ()):
             typer.echo(str(path))

@@ -26,7 +26,7 @@ from vlmlayers.user_code import packaged
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["METRICS", "Metric", "find_metric", "metric", "table"]
+__all__ = ["METRICS", "SHIPPED", "Metric", "find_metric", "metric", "table"]
 
 GROUP = "vlmlayers.metrics"
 
@@ -371,6 +371,7 @@ def _variants(name: str, metric: Metric) -> dict[str, Metric]:
 
 for _name, _metric in [(n, m) for n, m in METRICS.items() if m.needs == "pairs"]:
     METRICS |= _variants(_name, _metric)
+SHIPPED = frozenset(METRICS)  # a notebook adds its own to METRICS
 
 
 @checked

@@ -17,6 +17,7 @@ import pandas as pd
 from vlmlayers import plots
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.metrics.table import SHIPPED
 from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import slug, with_source
 from vlmlayers.plots.style import mark_random
@@ -126,7 +127,9 @@ def write_figures(
         The files written.
     """
     answer = run if isinstance(run, Answer) else read_answer(run)
-    return [path for figure in _drawn(answer, formats, metrics) for path in figure.files]
+    files = [path for figure in _drawn(answer, formats, metrics) for path in figure.files]
+    _remove_older(answer)
+    return files
 
 
 def draw_figures(
@@ -140,14 +143,19 @@ def draw_figures(
         UserError: A format is unknown, or a page can show none of them.
     """
     check_shown(formats)
-    run, drawn = answer.run, list(_drawn(answer, formats, metrics))
-    # What was drawn since these were written, in another format, stays.
+    drawn = list(_drawn(answer, formats, metrics))
+    _remove_older(answer)
+    return drawn
+
+
+def _remove_older(answer: Answer) -> None:
+    """Remove figures that are older than what is drawn; of other formats, made since, none."""
+    run = answer.run
     made = (run.scores, run.choice, run.validation)
     newest = max(path.stat().st_mtime_ns for path in made if path.exists())
     for path in run.figures.glob("*.*"):
         if OURS.fullmatch(path.name) and path.stat().st_mtime_ns < newest:
             path.unlink()
-    return drawn
 
 
 def check_shown(formats: Sequence[str]) -> None:
@@ -175,7 +183,9 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
     shapes = metrics_by_shape(scores)
     for name in metrics:
         check_one_of("metric", name, shapes["curve"], where="the score table")
-    for metric in dict.fromkeys((*answer.chosen_by, *CURVES, *metrics)):
+    # A metric of the user's own is in the table because it was asked for.
+    own = [name for name in shapes["curve"] if name not in SHIPPED]
+    for metric in dict.fromkeys((*answer.chosen_by, *CURVES, *own, *metrics)):
         if metric in shapes["curve"]:
             yield Plan(
                 f"curves-{slug(metric)}",

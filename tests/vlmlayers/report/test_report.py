@@ -19,7 +19,9 @@ import pandas as pd
 import pytest
 from run_folders import make_run
 from score_tables import DATASETS, curve_rows, pair_rows, row, step, table
+from typer.testing import CliRunner
 
+from vlmlayers.cli import app
 from vlmlayers.errors import UserError
 from vlmlayers.files import read_json, write_json
 from vlmlayers.placement import describe_blocks
@@ -1521,6 +1523,40 @@ def test_figures_verb_and_bad_input(validated: Run, tmp_path: Path) -> None:
     run.choice.unlink()
     with pytest.raises(UserError, match="vlmlayers select"):
         write_report(run.folder)
+
+
+def test_the_verb_figures_leaves_none_of_earlier_scores(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "x", small=True)
+    write_figures(run.folder, formats=("svg", "png"))
+    (run.figures / "my_own.svg").write_text("of the user")
+    write_figures(run.folder, formats=("pdf",))  # of the same scores: nothing goes
+    assert {path.suffix for path in run.figures.glob("curves-*")} == {
+        ".svg",
+        ".png",
+        ".pdf",
+        ".csv",
+    }
+    write_scores(pd.read_parquet(run.scores).assign(value=0.5), run.folder)
+    write_figures(run.folder, formats=("pdf",))
+    assert {path.suffix for path in run.figures.glob("curves-*")} == {".pdf", ".csv"}  # no others
+    assert (run.figures / "my_own.svg").exists()
+
+
+def test_metrics_of_ones_own_and_those_that_are_named_are_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "x", small=True)
+    scores = pd.read_parquet(run.scores)
+    rows = scores[(scores["metric"] == "dataset_accuracy") & (scores["tower"] == "vision")]
+    more = [rows.assign(metric=name) for name in ("mean_norm", "uniformity")]
+    write_scores(pd.concat([scores, *more]), run.folder)
+    drawn = {path.stem for path in write_figures(run.folder, formats=("svg",))}
+    assert "curves-mean-norm" in drawn and "curves-uniformity" not in drawn
+    call = CliRunner().invoke(app, ["figures", str(run.folder), "--metric", "uniformity"])
+    assert "curves-uniformity.svg" in call.output, call.output
+    call = CliRunner().invoke(app, ["report", str(run.folder), "--metric", "uniformity"])
+    assert "Uniformity" in (run.folder / "report.md").read_text(), call.output
+    for words in (["figures", "--paper", str(tmp_path / "paper")], ["report", str(run.folder)]):
+        call = CliRunner().invoke(app, [*words, str(run.folder), "--metric", "uniformity"])
+        assert "--metric is for the" in str(call.exception)
 
 
 def test_text_tables() -> None:
