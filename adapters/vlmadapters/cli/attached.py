@@ -50,7 +50,7 @@ class Attach:
             )
         adapter = load_trained(path, model, method=method)
         made = read_info(path).provenance if path.suffix == OURS else {}
-        trained_on = Path(str(made["source"])).stem if "source" in made else ""
+        trained_on = str(made.get("source", ""))
         notes = [trained_on] if trained_on else []
         notes += [f"seed {made['seed']}"] if "seed" in made else []
         words = f"{adapter.config.title} {adapter.config.placement}"

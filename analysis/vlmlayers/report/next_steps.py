@@ -95,11 +95,11 @@ def _validate(answer: Answer, seeds: tuple[int, ...], asked: dict[str, Any]) -> 
 
 
 def _place(name: str, given: Mapping[str, Any]) -> str:
-    """Return a dataset as the command line takes it, where a study names it by its folder alone."""
+    """Return a dataset as the command line takes it, where its name alone is known."""
     # A study looks beside itself and under the data root, a verb where it is started.
     known = given.get("datasets", ())
     places = {key: place for place in known for key in (Path(place).stem, Path(place).name)}
-    return str(places.get(name, name))
+    return str((places | given.get("places", {})).get(name, name))
 
 
 def _as_asked(part: dict[str, Any]) -> list[str]:

@@ -142,8 +142,12 @@ def _given(context: StageContext) -> dict[str, Any]:
 
     `leaving_out` has what training leaves out as extraction did, by which cells are found again.
 
+    `places` has those of paths by name, of earlier extractions too, whose scores may still stand.
     `from_run` says where those of relative paths lie from the run folder, as both may be moved.
     """
+    names = [manifest.name for manifest in context.manifests]
+    known = context.run.read_provenance().get("given", {}).get("places", {})
+    earlier = {name: place for name, place in known.items() if name not in names}
     datasets = [context.dataset_name(part.name) for part in context.study.datasets]
     root = None if context.data_root is None else str(context.data_root)
     paths = [one for one in (*datasets, root) if one and one not in Manifest.names()]
@@ -152,6 +156,7 @@ def _given(context: StageContext) -> dict[str, Any]:
         "datasets": datasets,
         "data_root": root,
         "leaving_out": {key: True for key, left in context.leaving_out.items() if left},
+        "places": earlier | {n: one for n, one in zip(names, datasets) if n != one},
         "from_run": {one: seen for one in paths if (seen := context.run.path_to(one))},
         **context.adapter_arguments(),
     }

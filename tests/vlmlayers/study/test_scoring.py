@@ -14,6 +14,8 @@ from score_tables import planted
 import vlmlayers as vl
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import open_features
+from vlmlayers.report.next_steps import next_steps
+from vlmlayers.report.numbers import read_answer
 from vlmlayers.runs import Run
 from vlmlayers.scores import read_scores, refusals
 from vlmlayers.scores.sources import other_features
@@ -192,6 +194,21 @@ def test_images_that_are_gone_are_named_with_where_they_belong(
     with pytest.raises(UserError, match=r"1 of 6 images are not in .*pics: a/2\.png;"):
         score_run(run.folder, ["effective_rank", *MODEL], QUICK, progress=False)
     assert not run.scores.exists()
+
+
+def test_the_next_command_names_the_folder_of_an_earlier_extraction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for red, data in enumerate(("my data/pics", "my data/scans")):
+        write_images(Path(data), 40 * red)
+        run = extracted(tmp_path, data)
+    score_run(run.folder, ["effective_rank"], QUICK, progress=False)
+    vl.LayerChoice((1,), (1,), "paper").save(run.choice)
+    command = next_steps(read_answer(run.folder))[0].code
+    assert "'my data/pics'" in command and "'my data/scans'" in command
+    extracted(tmp_path, "my data/scans")  # found as it was
+    assert next_steps(read_answer(run.folder))[0].code == command
 
 
 def test_a_run_and_its_images_may_be_moved_together(
