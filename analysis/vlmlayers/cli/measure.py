@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +23,9 @@ from vlmlayers.extraction import WeightsOptions
 from vlmlayers.runs import Run, is_first_process, writing_alone
 from vlmlayers.selection.resampling import RESAMPLES
 from vlmlayers.study.schema import ExtractPart
+from vlmlayers.words import counted
+
+LOG = logging.getLogger(__name__)
 
 
 def models(
@@ -111,8 +116,22 @@ def extract(
             done = stream_study(made, out, data_root=data_root, force=force, echo=echo)
         if first:
             typer.echo(done)
-        return
-    run_study(made, out, data_root=data_root, only=["extract"], force=force, echo=echo)
+    else:
+        run_study(made, out, data_root=data_root, only=["extract"], force=force, echo=echo)
+    tell_left_out([Run(out)])
+
+
+def tell_left_out(runs: Sequence[Run]) -> None:
+    """Say last what runs lack: a line among those of an hour is missed, and the code is 0."""
+    for run in runs if is_first_process() else ():
+        if left_out := list(run.left_out):
+            LOG.warning(
+                "%s lacks %s, which could not be extracted: %s; mend the files and start the same "
+                "command again",
+                run.folder,
+                counted(len(left_out), "dataset"),
+                ", ".join(left_out),
+            )
 
 
 def score(

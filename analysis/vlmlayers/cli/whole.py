@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vlmlayers.cli.measure import tell_left_out
 from vlmlayers.cli.options import DataRoot, several
 from vlmlayers.errors import UserError
 
@@ -68,6 +69,7 @@ def study(
     Stages: extract, score, search, select, train, validate, report.
     """
     from vlmlayers.study import read_study, run_study, study_file
+    from vlmlayers.study.runner import stages_of
 
     file = study_file(file)
     made = read_study(file)
@@ -86,5 +88,10 @@ def study(
     )
     from vlmlayers.report.validation import void_verdict
 
-    if any(void_verdict(run) for run in runs):
+    tell_left_out(runs)
+    # One that an earlier command left says nothing of this one.
+    validated = made.validate_ is not None and "validate" in stages_of(
+        made, only or (), start, skip or ()
+    )
+    if validated and any(void_verdict(run) for run in runs):
         raise typer.Exit(2)  # the verdict stands in the terminal and in the report

@@ -96,13 +96,18 @@ def _stopped(answer: Answer) -> dict[str, list[str]]:
 def _rewritten(answer: Answer) -> list[str]:
     """Return the files of a study's stages that are others than those its stages wrote."""
     run, ledger = answer.run, answer.run.read("stages.json")
+    extracted = ledger.get("extract", {}).get("inputs")
+    other = run.study.exists() and extracted and ledger.get("asked", {}).get("extract", extracted)
     stages = ("score", "search", "select", "validate") if run.study.exists() else ()
     marks = [ledger.get(stage, {}).get("outputs", {}) for stage in stages]
     return [
-        name
-        for of in marks
-        for name, mark in of.items()
-        if file_mark(run.folder / name) not in ("", mark)
+        *(["The folder features"] if other and other != extracted else []),
+        *(
+            name
+            for of in marks
+            for name, mark in of.items()
+            if file_mark(run.folder / name) not in ("", mark)
+        ),
     ]
 
 

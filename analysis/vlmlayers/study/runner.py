@@ -80,7 +80,7 @@ def run_study(
         UserError: A stage is unknown, needs an earlier one, or its input is wrong; or another
             process writes a run folder.
     """
-    picked = pick_stages(only or (() if start else study.stages), start, skip)
+    picked = stages_of(study, only, start, skip)
     if processes_launched() > 1 and picked != ["extract"]:
         raise UserError(
             "several processes share the stage 'extract' alone; run it by itself (--only extract), "
@@ -128,6 +128,13 @@ def run_study(
     return runs
 
 
+def stages_of(
+    study: Study, only: Sequence[str], start: str | None, skip: Sequence[str]
+) -> list[str]:
+    """Return the names of the stages that a study is to run, in order."""
+    return pick_stages(only or (() if start else study.stages), start, skip)
+
+
 def pick_stages(only: Sequence[str], start: str | None, skip: Sequence[str] = ()) -> list[str]:
     """Return the names of the stages to run, in order."""
     names = list(STAGES)
@@ -160,6 +167,7 @@ def run_stages(context: StageContext, picked: Sequence[str], source: str = "") -
         if not (reason := _why(context, stage, inputs)):
             _keep_outdated(context, name)
             stage.unchanged(context)
+            _keep_asked(context, name, source)
             context.doing(f"{name:8} unchanged")
             continue
         LOG.debug("%s runs: %s", name, reason)
@@ -182,6 +190,19 @@ def run_stages(context: StageContext, picked: Sequence[str], source: str = "") -
         # Inputs are taken again: a stage may refine what it depends on, such as provenance.
         _keep_outdated(context, name)
         _remember(context, name, _marks(stage.inputs(context)), seconds)
+        _keep_asked(context, name, source)
+
+
+def _keep_asked(context: StageContext, name: str, source: str) -> None:
+    """Keep on which inputs the study whose text lies in the folder found a stage done, or did it.
+
+    A verb has no text: what it does later is not what that study says.
+    """
+    ledger = context.ledger()
+    done = ledger.get(name, {}).get("inputs")
+    if source and is_first_process() and ledger.get("asked", {}).get(name) != done:
+        ledger.setdefault("asked", {})[name] = done
+        write_json(context.run.folder / "stages.json", ledger)
 
 
 def _marks(inputs: Mapping[str, Any]) -> dict[str, str]:

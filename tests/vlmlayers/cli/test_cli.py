@@ -22,6 +22,7 @@ import vlmlayers as vl
 from vlmlayers.cli import extensions
 from vlmlayers.errors import UserError
 from vlmlayers.features.writer import write_features
+from vlmlayers.files import write_json
 from vlmlayers.options import parse_settings
 from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import read_answer
@@ -388,6 +389,33 @@ def test_metrics_of_the_model_refuse_captions_before_it_is_loaded(
     monkeypatch.setattr("vlmlayers.models.load_model", None)
     code, _, err = call("score", out, "--metric", "skip_joint_change")
     assert (code, err.count("\n")) == (2, 1) and "set has no classes, by prompts of" in err, err
+
+
+def test_a_dataset_that_is_left_out_is_told_of_last(call, caplog, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for name in ("a", "b"):
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        (tmp_path / "broken" / name / "1.png").write_text("no image")
+    words = ("extract", "mini-clip", tmp_path / "broken", "digits", "--split", "all")
+    more = ("--items", "4", "--tower", "vision", "--out", tmp_path / "run", "--workers", "0")
+    assert call(*words, *more)[0] == 0
+    assert "lacks 1 dataset, which could not be extracted: broken-all" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [((), 2), (("--skip", "validate"), 0), (("--only", "score"), 0)]
+)
+def test_a_void_verdict_counts_where_the_study_validates(
+    call, monkeypatch, tmp_path: Path, words: tuple[str, ...], expected: int
+) -> None:  # type: ignore[no-untyped-def]
+    run = Run(tmp_path)
+    write_json(run.verdict, {"verdict": "VOID: training changed nothing", "void": True})
+    monkeypatch.setattr("vlmlayers.study.run_study", lambda *_, **__: [run])
+    file = tmp_path / "study.toml"
+    text = 'models = [{ name = "mini-clip" }]\ndatasets = ["digits"]\n'
+    file.write_text(f"{text}[validate]\n")
+    assert call("study", file, *words)[0] == expected
+    file.write_text(text)
+    assert call("study", file)[0] == 0
 
 
 def test_a_table_of_captions_makes_no_prompts_before_the_model_is_loaded(
