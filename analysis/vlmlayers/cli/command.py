@@ -75,10 +75,19 @@ def _usage(error: Any) -> str:
     if "\n" in message.strip():
         return str(message)
     verb = "vlmlayers" if error.ctx is None else error.ctx.command_path
+    message += _as_setting(error)
     line = NUMBER.sub(
         lambda found: f"a {'whole ' * (found[1] in WHOLE)}number is needed", printable(message)
     )
     return fitted(f"Error: {line}{'' if line.endswith(('.', '?')) else '.'} See `{verb} --help`.")
+
+
+def _as_setting(error: Any) -> str:
+    """Return how an option that a verb lacks is given, if it is a value of a recipe or metric."""
+    name = str(getattr(error, "option_name", ""))  # of an unknown option alone
+    known = [o for one in error.ctx.command.params for o in one.opts] if name[:2] == "--" else ()
+    setting = name.removeprefix("--").replace("-", "_")
+    return f"; a setting is given as --set {setting}=…" if "--set" in known else ""
 
 
 def _terminate(*_: Any) -> None:

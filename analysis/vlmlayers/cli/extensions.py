@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from vlmlayers.cli.loudness import Loudness
-from vlmlayers.errors import RESUME, UserError, stop_code
+from vlmlayers.errors import RESUME, UserError, check_one_of, stop_code
 from vlmlayers.user_code import packaged
 
 LIST = re.compile(r"<list\[(\w+)\]>")  # how typer shows the type of several
@@ -68,6 +68,12 @@ class Verbs(VerbGroup):
         """Return a verb."""
         own = super().get_command(ctx, cmd_name)
         return own if own is not None else _extension(cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the verb that is named; typer would look for a near one among our own alone."""
+        if not args[0].startswith("-"):
+            check_one_of("verb", args[0], self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a verb; Ctrl-C and SIGTERM end it in one line."""

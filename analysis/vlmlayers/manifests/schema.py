@@ -184,7 +184,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the content of a manifest's TOML file.
 
     Raises:
-        UserError: The file cannot be read, is too large, or is not TOML.
+        UserError: The file cannot be read, is too large, is not TOML, or is of a study.
     """
     # Before it is read: the path may be of anything, such as the images' archive.
     if not path.exists():
@@ -192,7 +192,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} {no_file(path)}")
     if path.is_file() and path.stat().st_size > LARGEST_TOML:
         raise UserError(f"{path} is larger than {LARGEST_TOML:,} bytes; not a manifest")
-    return read_toml(path, "the manifest")
+    content = read_toml(path, "the manifest")
+    if "models" in content and "layout" not in content:
+        raise UserError(f"{path} is a study, not a dataset; run it by `vlmlayers study {path}`")
+    return content
 
 
 def parse_spec(content: dict[str, Any], where: str) -> Spec:

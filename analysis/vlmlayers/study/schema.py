@@ -268,7 +268,13 @@ def read_study(path: str | Path) -> Study:
             `[select]` reads a metric that it does not score, or has resamples and reads none.
     """
     source = study_file(path)
-    return check_study(read_toml(source), str(source))
+    content = read_toml(source)
+    if "layout" in content and "models" not in content:
+        raise UserError(
+            f"{source} is the manifest of a dataset, not a study; name it in `datasets` of a study, "
+            "or give it to `vlmlayers extract`"
+        )
+    return check_study(content, str(source))
 
 
 @checked

@@ -113,7 +113,10 @@ def test_wrong_usage_is_one_line_that_names_the_help(call) -> None:  # type: ign
         (("demo", "--bad"), "--bad"),
         (("demo", "--bad"), "No such option"),
         (("demo", "--bad"), ". See `vlmlayers demo --help`."),
-        (("selekt",), "Did you mean 'select'? See `vlmlayers --help`."),
+        (("selekt",), "unknown verb 'selekt'; did you mean 'select'?"),
+        (("trian", "mini-clip"), "did you mean 'train'?"),  # of another package
+        (("train", "a", "b", "--out", "c", "--batch-size", "4"), "as --set batch_size=…. See"),
+        (("extract", "a", "b", "--items-per"), "--items, --template). See `vlmlayers"),
         (
             ("select", "here", "--resamples", "many"),
             "'--resamples': a whole number is needed. See `vlmlayers select --help`.",

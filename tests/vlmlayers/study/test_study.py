@@ -734,6 +734,13 @@ def test_stages_are_picked_and_skipped() -> None:
         pick_stages(["score"], None, ["score"])
 
 
+def test_a_study_and_a_manifest_are_told_apart(study_file: Path, repository: Path) -> None:
+    with pytest.raises(UserError, match="dtd.toml is the manifest of a dataset, not a study"):
+        read_study(repository / "data_manifests/dtd.toml")
+    with pytest.raises(UserError, match="tiny.toml is a study, not a dataset; run it by"):
+        Manifest.load(study_file)
+
+
 @pytest.mark.parametrize("stage", ["search", "train", "validate"])
 def test_a_stage_that_is_asked_for_and_has_no_table_is_refused(stage: str, tmp_path: Path) -> None:
     for content, only in ((BASE, [stage]), ({**BASE, "stages": [stage]}, [])):
