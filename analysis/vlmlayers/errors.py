@@ -36,7 +36,7 @@ class UserError(Exception):
             package = str(frame.f_globals.get("__name__")).partition(".")[0]
             if package in ("vlmlayers", "vlmadapters"):
                 break
-            if package != "IPython":
+            if package not in ("IPython", "contextlib"):  # of decorators around ours
                 of_caller.append((frame, line))
         lines = traceback.StackSummary.extract(iter(of_caller)).format()
         return [*(line.rstrip() for line in lines), f"{type(self).__name__}: {self}"]

@@ -195,5 +195,9 @@ def test_a_notebook_shows_the_callers_lines_and_the_message(
         "return vl.Manifest.load(name)",
     ]
     assert len(shown) == 5 and shown[4].startswith("UserError: unknown dataset 'facse'; did you")
+    shell.user_ns["model"] = tiny.model()
+    shell.run_cell("vl.extract(model, 'facse')")  # whose decorator is of contextlib
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 3 and shown[2].startswith("UserError: unknown dataset 'facse'")
     shell.run_cell("vl.Manifest.load('faces').items(1 / 0)")
     assert "ZeroDivisionError" in capsys.readouterr().out

@@ -271,7 +271,7 @@ def read_study(path: str | Path) -> Study:
     content = read_toml(source)
     if "layout" in content and "models" not in content:
         raise UserError(
-            f"{source} is the manifest of a dataset, not a study; name it in `datasets` of a study, "
+            f"{source} is the manifest of a dataset, not a study; name it in a study's `datasets`, "
             "or give it to `vlmlayers extract`"
         )
     return check_study(content, str(source))
