@@ -89,7 +89,9 @@ def select(
             "%d resamples say little of how often a block is chosen; take 20 or more", moves
         )
     found = stability(chooser, seen, moves, seed) if moves else {}
-    if moves:
+    same = isinstance(chooser, OwnRule) and all(one["same"] == 1 for one in found.values())
+    fixed = moves and same and _reads_no_score(chooser, seen, picks, seed)
+    if moves and not fixed:
         picks = {tower: _with_unmoved(pick, seen, tower) for tower, pick in picks.items()}
     evidence = _evidence(table, chooser, blocks, picks, found)
     if known := scores.attrs.get("weights_hash"):
@@ -100,9 +102,25 @@ def select(
     choice = LayerChoice(_blocks(picks, "vision"), _blocks(picks, "text"), name, evidence)
     # A search brings a statement of its own.
     statement = evidence.get("statement") or _statement(choice) + _unscored(choice, blocks)
+    if fixed:  # that resamples agree says nothing of the data then
+        statement = "Fixed by the rule, not by the measurements: it chooses the same of any."
     if evidence["random_weights"] and not statement.startswith(UNTRAINED):
         statement = f"{UNTRAINED}. {statement}"
     return replace(choice, evidence={**evidence, "statement": statement})
+
+
+def _reads_no_score(rule: OwnRule, table: BlockTable, picks: Picks, seed: int) -> bool:
+    """Return whether a rule of the user's own chooses the same of random numbers."""
+    generator = np.random.default_rng(seed)
+    for scale in (0.01, 1.0, 100.0) * 2:
+        value, low, high = scale * generator.standard_normal((3, len(table.scores)))
+        drawn = replace(table, scores=table.scores.assign(low=low, high=high), values=value)
+        try:
+            if rule(drawn) != picks:
+                return False
+        except Exception:  # noqa: BLE001 of code of the user, which such numbers may surprise
+            return False
+    return True
 
 
 def _refuse_other_readout(chooser: Any, table: BlockTable) -> None:

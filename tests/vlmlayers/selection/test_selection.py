@@ -766,6 +766,7 @@ def test_own_rule_from_a_file(tmp_path: Path) -> None:
     choice = select(planted(), f"{file}:last", n=3, resamples=20)
     assert (choice.vision, choice.text) == ((10, 11, 12), (12,))
     assert choice.evidence["towers"]["vision"]["frequency"][-3:] == [1, 1, 1]
+    assert choice.statement.startswith("Fixed by the rule, not by the measurements: ")
     for name, message in (
         ("wrong", "must return a LayerChoice"),
         ("typo", "unknown tower 'visoin'.*did you mean 'vision'"),
@@ -783,6 +784,23 @@ def test_own_rule_from_a_file(tmp_path: Path) -> None:
     broken.write_text("import nothing_of_this_name\n")
     with pytest.raises(UserError, match="fails on import"):
         select(planted(), f"{broken}:rule")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_own_rule_that_reads_scores_is_not_called_fixed(sign: int) -> None:
+    """However sure the data are of it, and whichever end it takes."""
+
+    def best(scores: pd.DataFrame) -> dict[str, list[int]]:
+        rows = scores[(scores["metric"] == "dataset_accuracy") & (scores["tower"] == "vision")]
+        blocks = rows[rows["position"].str.isdecimal()].groupby("position")["value"].mean() * sign
+        return {"vision": [int(blocks.idxmax())], "text": []}
+
+    value = 0.5 + 0.3 * planted()["position"].eq("7")
+    sure = planted().assign(value=value, low=value - 0.01, high=value + 0.01)
+    assert (select(sure, best, resamples=20).evidence["towers"]["vision"]["same"] == 1) == (
+        sign > 0
+    )
+    assert not select(sure, best, resamples=20).statement.startswith("Fixed")
 
 
 def test_errors_of_an_own_rule_are_told_as_its_own(tmp_path: Path) -> None:
