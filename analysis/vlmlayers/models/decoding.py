@@ -6,11 +6,12 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import current_process
 from pathlib import Path
 from shutil import disk_usage
+from threading import current_thread, main_thread
 from typing import Any
 
 import torch
@@ -214,7 +215,8 @@ def _loaded(
             **options,
         )
         try:
-            made: Any = iter(loader)  # starts the processes
+            with _interrupts_wait():
+                made: Any = iter(loader)  # starts the processes
             if processes:
                 _do_not_interrupt(made)
             for batch in made:
@@ -284,9 +286,26 @@ def decode_pixels(
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from global state
     )
-    handed_over: Any = iter(loader)  # starts the processes
+    with _interrupts_wait():
+        handed_over: Any = iter(loader)  # starts the processes
     _do_not_interrupt(handed_over)
     return _apart(handed_over)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Have Ctrl-C wait meanwhile: Python drops what is raised in its hooks around a fork."""
+    before, heard = signal.getsignal(signal.SIGINT), []
+    if not callable(before) or current_thread() is not main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *which: heard.append(which))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        before(*heard[0])
 
 
 def _do_not_interrupt(loader: Any) -> None:

@@ -406,6 +406,22 @@ def test_an_interrupt_leaves_the_processes_to_who_started_them(
     assert not caplog.text
 
 
+@pytest.mark.skipif(not decoding.FORKS, reason="needs processes that are forked")
+def test_an_interrupt_in_a_hook_around_a_fork_is_not_lost() -> None:
+    """Python prints what such a hook raises, and goes on."""
+    here, pressed = os.getpid(), [True]
+
+    def press() -> None:
+        if os.getpid() == here and pressed:
+            pressed.clear()
+            signal.raise_signal(signal.SIGINT)
+
+    os.register_at_fork(after_in_parent=press)  # for good: from here on it does nothing
+    with pytest.raises(KeyboardInterrupt):
+        list(decoding.decode_pixels([partial(torch.zeros, 2)] * 3, workers=1))
+    assert not pressed and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_an_interrupt_while_processes_start_leaves_nobody_decoding(
     dots: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
