@@ -175,6 +175,14 @@ class Recipe:
     amount: Amount = field(default_factory=Amount)
     loaded: tuple[str, str] | None = field(default=None, compare=False)
 
+    def __repr__(self) -> str:
+        """Return one line for a notebook: method, placement, and what is not as by default."""
+        usual, shown = TrainConfig(), {"optimizer", "lr", "epochs", "batch_size", "shots"}
+        train = {one.name: getattr(self.train, one.name) for one in fields(self.train)}
+        told = {k: v for k, v in train.items() if k in shown or v != getattr(usual, k)}
+        values = ", ".join(f"{k}={v!r}" for k, v in {**self.method.settings(), **told}.items())
+        return f"Recipe({self.name}, {f'{self.method.title} {self.label}'.strip()}: {values})"
+
     @property
     def placement(self) -> Placement:
         """Where the method acts, with the amount that `at` set."""

@@ -116,6 +116,13 @@ def test_the_recipe_of_tip_adapter_f_has_the_published_values(dataset: str, epoc
     assert (train.momentum, train.beta2, train.crop_scale) == (0.9, 0.999, (0.5, 1.0))
 
 
+def test_a_recipe_is_one_line_in_a_notebook() -> None:
+    line = repr(load_recipe("mini").changed({"weight_decay": 0.25, "epochs": 3}))
+    assert line.startswith("Recipe(mini, MMA v5-12,t5-12: dim=32, scale=0.1, ")
+    assert "weight_decay=0.25" in line and "epochs=3" in line
+    assert "momentum" not in line and "Savings" not in line and len(line) < 200
+
+
 def test_blocks_that_a_file_names_stay(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text('method = "mma"\nextends = "mini"\nsettings = { vision = [5, 6], text = [] }\n')
