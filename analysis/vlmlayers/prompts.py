@@ -15,7 +15,10 @@ from vlmlayers.words import counted
 K = TypeVar("K", bound=Hashable)
 TEMPLATE = "a photo of a {}."
 # What classes are for, after "has no classes".
-PROMPTED = " to make prompts of; use text='captions' (--text captions)"
+PROMPTED = (
+    " to make prompts of; use text='captions' (--text captions), or of images alone "
+    "tower='vision' (--tower vision)"
+)
 APART = " to tell apart"
 UNTOLD = "has no captions; use text='prompts' (--text prompts)"
 EXAMINED = (

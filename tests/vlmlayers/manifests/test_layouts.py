@@ -420,6 +420,15 @@ def test_a_row_may_list_its_captions(tmp_path: Path, suffix: str) -> None:
         table_dataset(tmp_path, f"u.{suffix}").items("train")
 
 
+def test_a_list_of_captions_that_pandas_wrote_as_text_is_no_caption(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"path": ["a.jpg"], "caption": [["one", "it's"]], "split": "train"})
+    rows.to_csv(tmp_path / "t.csv")
+    with pytest.raises(UserError, match="row 1 .*has the list .* as one text; write a row for"):
+        Manifest.load(tmp_path / "t.csv").items("train")
+    rows.assign(caption="[Beach] at noon").to_csv(tmp_path / "u.csv")
+    assert Manifest.load(tmp_path / "u.csv").items("train")[0].captions == ("[Beach] at noon",)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 def test_a_plain_table_needs_no_manifest(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.manifests.items import Item, is_text
 from vlmlayers.manifests.place import AlteredData, Place, known_checksum, read_text
 from vlmlayers.manifests.schema import Columns
@@ -119,8 +119,14 @@ def caption_texts(value: object, where: str) -> list[str]:
     """Return the captions of a row, which gives a text or a list of texts; empty ones are left out.
 
     Raises:
-        UserError: One is not text that UTF-8 can hold.
+        UserError: One is not text that UTF-8 can hold, or a list that was written as text.
     """
+    if isinstance(value, str) and value[:2] in ("['", '["') and value.endswith("]"):
+        # As pandas writes it; read as a caption it would be one of brackets and quotes.
+        raise UserError(
+            f"{where} has the list {shortened(value, 60)} as one text; write a row for each "
+            "caption, or lists to .jsonl or .parquet"
+        )
     texts = value if isinstance(value, list) else [value]
     return [checked_name(text, where) for text in texts if text not in (None, "")]
 
