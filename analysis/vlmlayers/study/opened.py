@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmlayers.arguments import checked
@@ -55,6 +56,14 @@ class StoredFeatures(_Stored[LayerFeatures]):
         return f"features of {', '.join(self._names) or 'no dataset'}"
 
 
+class Told(dict[str, Any]):
+    """What a file of JSON holds; shown by what it says, as the rest runs to pages."""
+
+    def __repr__(self) -> str:
+        said = str(self.get("verdict") or self.get("statement") or "")
+        return fill(f"{type(self).__name__}({', '.join(self)})", 80) + f"\n{fill(said, 80)}"
+
+
 class StoredTables(_Stored["pd.DataFrame"]):
     """The tables of a run but its scores, by the names of their CSV files."""
 
@@ -63,6 +72,8 @@ class StoredTables(_Stored["pd.DataFrame"]):
         super().__init__(folder, names - {"scores"})  # these are read with their checksum
 
     def __getitem__(self, name: str) -> pd.DataFrame:
+        if not self._names:
+            raise UserError(f"{self._folder} holds no tables but its scores")
         check_one_of("table", name, self._names, f"tables of {self._folder}")
         return read_csv(self._folder / f"{name}.csv")
 
@@ -160,9 +171,9 @@ class OpenedRun:
         self._need(path, verb)
         return read_csv(path)
 
-    def _object(self, path: Path, verb: str) -> dict[str, Any]:
+    def _object(self, path: Path, verb: str) -> Told:
         self._need(path, verb)
-        return read_json(path)
+        return Told(read_json(path))
 
     def _need(self, path: Path, verb: str) -> None:
         if not path.is_file():

@@ -34,7 +34,9 @@ def test_what_was_searched_and_trained_is_reached(tmp_path):
     run = vl.open_run(folder)
     assert run.results["placement"][0] == "9" and run.results["accuracy"].sum() == 0.75
     assert run.search == {"pick": "v5-12,t5-12"}
-    assert "statement" in run.verdict or "verdict" in run.verdict
+    shown = repr(run.verdict)
+    assert run.verdict["verdict"].split()[-1] in shown and "regret" in shown
+    assert len(shown.splitlines()) < 20, "sentences, not what each value is"
     assert run.tables["search"].equals(pd.DataFrame({"setting": ["zero-shot"], "fold": [1]}))
     assert {"results", "search", "validation"} <= set(run.tables) and "scores" not in run.tables
     assert "scores, search, choice, results, validation" in repr(run)
@@ -54,6 +56,8 @@ def test_what_a_run_lacks_is_said(tmp_path):
     make_run(tmp_path / "several" / "one", 4, 3, small=True)
     with pytest.raises(vl.UserError, match="holds no validation.csv; make one with `vlmlayers val"):
         vl.open_run(tmp_path / "several" / "one").validation  # noqa: B018
+    with pytest.raises(vl.UserError, match="one holds no tables but its scores"):
+        vl.open_run(tmp_path / "several" / "one").tables["validation"]
     with pytest.raises(vl.UserError, match="name a run folder: it holds the runs one"):
         vl.open_run(tmp_path / "several")
     with pytest.raises(vl.UserError, match="no scores.parquet; it holds the runs one"):
