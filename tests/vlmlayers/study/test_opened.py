@@ -35,7 +35,7 @@ def test_what_was_searched_and_trained_is_reached(tmp_path):
     assert run.results["placement"][0] == "9" and run.results["accuracy"].sum() == 0.75
     assert run.search == {"pick": "v5-12,t5-12"}
     shown = repr(run.verdict)
-    assert run.verdict["verdict"].split()[-1] in shown and "regret" in shown
+    assert run.verdict["verdict"].split()[-1] in shown and "predictors" in shown
     assert len(shown.splitlines()) < 20, "sentences, not what each value is"
     assert run.tables["search"].equals(pd.DataFrame({"setting": ["zero-shot"], "fold": [1]}))
     assert {"results", "search", "validation"} <= set(run.tables) and "scores" not in run.tables
