@@ -27,6 +27,7 @@ from vlmadapters.training.recipes import (
     check_methods,
     default_recipe,
     load_recipe,
+    shipped_recipes,
 )
 from vlmadapters.validation.candidates import tell_own_amounts
 from vlmadapters.validation.competitors import Competitor, chosen_placement, competitors
@@ -198,7 +199,8 @@ def _void(recipe: Recipe, model: Any, table: pd.DataFrame) -> str:
     values = f"lr {train.lr:g}" + (f", scale {scale:g}" if scale is not None else "")
     tried = f"the recipe {recipe.name} ({values})"
     more = [f"--set lr={10 * train.lr:g}"] + ([f"--set scale={100 * scale:g}"] if scale else [])
-    other = "--recipe mini, which is made for small backbones, or " if recipe.name != "mini" else ""
+    smaller = recipe.name != "mini" and "mini" in shipped_recipes(recipe.method.name)
+    other = "--recipe mini, which is made for small backbones, or " if smaller else ""
     return (
         f"VOID: {tried} changed no prediction of {model.name} {where}, so nothing is shown "
         f"about the choice; try {other}{' '.join(more)}"

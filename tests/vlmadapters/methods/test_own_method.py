@@ -215,6 +215,16 @@ def test_features_of_an_adapter_of_an_own_method(own: Path, tmp_path: Path) -> N
         features(*named, "--force", code=other)
 
 
+def test_a_void_run_names_no_recipe_that_the_method_lacks(own: Path) -> None:
+    recipe = va.load_recipe("published", f"{own}:Shift")
+    still = recipe.changed({"lr": 1e-12, "shots": 2, "epochs": 1})
+    found = va.validate(
+        shared_backbone(), "2", "faces", recipe=still, seeds=[1], items=8, kinds=["all"],
+        amount="given", progress=False,
+    )  # fmt: skip
+    assert found.void and "--set lr=1e-11" in found.verdict and "mini" not in found.verdict
+
+
 def test_a_file_of_postponed_annotations_and_of_another_methods_name(
     own: Path, tmp_path: Path
 ) -> None:
