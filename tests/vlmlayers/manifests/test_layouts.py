@@ -420,6 +420,15 @@ def test_a_row_may_list_its_captions(tmp_path: Path, suffix: str) -> None:
         table_dataset(tmp_path, f"u.{suffix}").items("train")
 
 
+def test_a_folder_of_shards_says_that_it_needs_a_manifest(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"train-0{number}.tar").write_bytes(b"")
+    found = Manifest.load(tmp_path).check()
+    assert found.state == "unusable" and "holds 2 .tar files and no images" in found.line()
+    with pytest.raises(UserError, match='write a manifest with layout = "shards"'):
+        Manifest.load(tmp_path).items("train")
+
+
 def test_a_list_of_captions_that_pandas_wrote_as_text_is_no_caption(tmp_path: Path) -> None:
     rows = pd.DataFrame({"path": ["a.jpg"], "caption": [["one", "it's"]], "split": "train"})
     rows.to_csv(tmp_path / "t.csv")

@@ -16,6 +16,7 @@ from vlmlayers.manifests.layouts.classes import class_word
 from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.place import MissingData, Place
 from vlmlayers.runs import is_run
+from vlmlayers.words import counted
 
 SUFFIXES = IMAGE_SUFFIXES | {"pgm", "pbm", "pnm", "mpo"}
 
@@ -160,9 +161,14 @@ class FolderLayout(Layout):
         folder = self.split_folders.get(split, ".")
         base = "" if folder == "." else f"{folder}/"
         items = list(self._scan(base))
-        loose = [
-            entry.name for entry in _entries(self.place.images / base) if _is_image(entry.name)
-        ]
+        names = [entry.name for entry in _entries(self.place.images / base)]
+        loose = list(filter(_is_image, names))
+        shards = sum(name.endswith(".tar") for name in names)
+        if shards and not loose and not items:
+            raise UserError(
+                f"{self.place.name}: {self.place.images / base} holds {counted(shards, '.tar file')} "
+                'and no images; write a manifest with layout = "shards", or unpack them'
+            )
         if loose and not items:
             raise UserError(
                 f"{self.place.name}: {self.place.images / base} holds {len(loose):,} images but no "
