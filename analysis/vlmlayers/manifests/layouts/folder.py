@@ -165,9 +165,10 @@ class FolderLayout(Layout):
         loose = list(filter(_is_image, names))
         shards = sum(name.endswith(".tar") for name in names)
         if shards and not loose and not items:
+            holds = f"holds {counted(shards, '.tar file')} and no images"
             raise UserError(
-                f"{self.place.name}: {self.place.images / base} holds {counted(shards, '.tar file')} "
-                'and no images; write a manifest with layout = "shards", or unpack them'
+                f"{self.place.name}: {self.place.images / base} {holds}; write a manifest with "
+                'layout = "shards", or unpack them'
             )
         if loose and not items:
             raise UserError(
