@@ -16,8 +16,8 @@ from vlmlayers.manifests.layouts.table import READERS
 from vlmlayers.manifests.schema import Columns, Spec, parse_spec, read_manifest
 
 MANIFESTS_VARIABLE = "VLMLAYERS_MANIFESTS"
+_UNTELLING = ("items", "metadata")  # names of tables that say less than their folder's
 # Of the files in METADATA; as if by default, since not all of them have captions.
-_UNTELLING = ("items", "metadata")
 _HUB_COLUMNS = Columns.model_construct(set(), path="file_name", caption="text")
 
 

@@ -66,7 +66,8 @@ class Manifest:
         A folder is taken as an image folder: its `train`, `val` and `test` folders are the
         splits where there are any. A `manifest.toml` or `metadata.*` in it is respected. A table
         (`.csv`, `.tsv`, `.jsonl`, `.parquet`) has the columns `path`, seen from its folder, `label`
-        and, where known, `class_name`, `split` and `caption`.
+        and, where known, `class_name`, `split` and `caption`; it goes by its own name, `items.csv`
+        by that of its folder.
 
         Raises:
             UserError: The name is empty or unknown (with the nearest), or the manifest is not

@@ -235,4 +235,9 @@ def _misfit(clip: nn.Module, state: Mapping[str, Tensor], error: Exception) -> s
         )
         if found
     ]
+    inside = [key for key in extra if missing and key.endswith(f".{missing[0]}")]
+    part = min(inside, key=len)[: -len(missing[0]) - 1] if inside else ""
+    # Of a model of the user's that holds this one beside other parts.
+    if inside and all(f"{part}.{key}" in state for key in missing):
+        parts.append(f"the model's names stand there behind {part!r}: save that part by itself")
     return "; ".join(parts) or one_line(error)

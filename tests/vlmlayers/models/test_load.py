@@ -315,6 +315,9 @@ def test_checkpoints_that_do_not_fit_name_the_first_keys(folder):
     state["visual.proj"] = torch.zeros(3, 3)
     save_file(state, folder / "bad.safetensors")
     assert "visual.proj is (3, 3), the model has (48, 24)" in _error(folder)
+    inside = {f"net.clip.{k}": v for k, v in tiny.build("loaded").state_dict().items()}
+    save_file(inside | {"head.weight": torch.zeros(3)}, folder / "bad.safetensors")
+    assert "names stand there behind 'net.clip': save that part by itself" in _error(folder)
     save_file({"other": torch.zeros(1)}, folder / "bad.safetensors")
     assert "does not fit" in _error(folder)
     assert "1 unexpected (other)" in _error(folder)
