@@ -181,6 +181,24 @@ def test_what_cannot_be_meant_is_one_line(call: Callable[[], Any], line: str) ->
     assert line in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_notebook_completes_what_stands_in_brackets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interactive = pytest.importorskip("IPython.core.interactiveshell")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    shell = interactive.InteractiveShell()
+    extract(split="val", out=tmp_path / "features" / "faces-val")
+    shell.user_ns["features"] = extract()
+    shell.user_ns["run"] = vl.open_run(tmp_path)
+    for typed, offered in (
+        ("features['", {"vision", "text"}),
+        ("features.vision['", {"embed", "1", "proj"}),
+        ("run.features['", {"faces-val"}),
+    ):
+        found = {one.removeprefix(typed).rstrip("']") for one in shell.complete(typed)[1]}
+        assert offered <= found, typed
+
+
 def test_a_notebook_shows_the_callers_lines_and_the_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,9 @@ class Methods(Mapping[str, "type[Method]"]):
     def __repr__(self) -> str:
         return f"Methods({', '.join(self)})"
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
     def __contains__(self, name: object) -> bool:
         return name in BUILT_IN or name in list(iter(self))
 

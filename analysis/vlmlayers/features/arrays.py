@@ -124,6 +124,9 @@ class TowerFeatures:
                 "extract with pooling='mean' (--pooling mean), or another"
             )
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.positions(self.spaces[0]))
+
     def __getitem__(self, where: Any) -> NDArray[np.floating]:
         """Return the features at a position, `features.vision[6]`, or in a space.
 
@@ -358,6 +361,9 @@ class LayerFeatures:
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the towers that were extracted."""
         return (tower.tower for tower in self.towers)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
 
     def __getitem__(self, tower: str) -> TowerFeatures:
         """Return one tower's features; see `tower`."""

@@ -36,6 +36,9 @@ class _Stored(Mapping[str, T]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return self._names
+
     # Mapping would ask for the part, and what is not there is a UserError instead of a KeyError.
     def __contains__(self, name: object) -> bool:
         return name in self._names
