@@ -189,11 +189,11 @@ def test_a_notebook_completes_what_stands_in_brackets(
     shell = interactive.InteractiveShell()
     extract(split="val", out=tmp_path / "features" / "faces-val")
     shell.user_ns["features"] = extract()
-    shell.user_ns["run"] = vl.open_run(tmp_path)
+    shell.user_ns["stores"] = vl.open_run(tmp_path).features
     for typed, offered in (
         ("features['", {"vision", "text"}),
         ("features.vision['", {"embed", "1", "proj"}),
-        ("run.features['", {"faces-val"}),
+        ("stores['", {"faces-val"}),
     ):
         found = {one.removeprefix(typed).rstrip("']") for one in shell.complete(typed)[1]}
         assert offered <= found, typed
