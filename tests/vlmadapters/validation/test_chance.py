@@ -139,6 +139,21 @@ def test_chance_averages_a_curve_as_the_score_does() -> None:
     assert told["captured_minus_cost"] <= 4 and told["metric:0"] >= 24  # a mean does not
 
 
+def test_the_chance_of_a_score_is_its_own_whatever_stands_beside_it() -> None:
+    rng = np.random.default_rng(8)
+    both = scores(scaled(rng, "unordered", 2) @ SHARES.T)
+    both = both.replace({"score": {"metric:1": "captured_minus_cost"}})
+    cells = table(outcomes(rng, "unordered", 2), np.zeros(2))
+
+    def chance(predicted: pd.DataFrame) -> dict[str, float]:
+        found = rank_correlation(cells, predicted, draws=200)
+        return dict(zip(found["score"], found["p"]))
+
+    alone = [chance(both[both["score"] == name]) for name in ("metric:0", "captured_minus_cost")]
+    assert chance(both) == alone[0] | alone[1] and alone[0].keys() != alone[1].keys()
+    assert all(0 < p < 1 for one in alone for p in one.values())
+
+
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_rankings_of_cells_that_go_together_by_chance_are_not_said_to_repeat(shape: str) -> None:
     """By permutation within cells, 17 to 29 of 60 ceilings were, and 6 to 14 between datasets."""

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import kendalltau
+from scipy.stats import f, kendalltau
 
 from vlmadapters.validation import ranking
 from vlmadapters.validation.means import mean_correlation
@@ -149,6 +149,18 @@ def test_variance_shares_are_recovered_and_covered(shares: tuple[float, float, f
     assert np.mean([one.low <= shares[0] <= one.high for one in found]) >= 0.88
     sds = [one.sd_of_difference for one in found]
     assert np.mean(sds) == pytest.approx(math.sqrt(2 * (shares[1] + shares[2])), rel=0.05)
+
+
+def test_of_two_cells_the_interval_counts_one_degree_of_freedom_of_each_mean_square() -> None:
+    """Whatever the number of placements: of two rankings nothing tells which go together."""
+    values = np.random.default_rng(0).normal(size=(2, 9)) + 20 * np.arange(9)
+    found = variance_within_cells(values, ["d", "d"])
+    centred = values - values.mean(1, keepdims=True)
+    placed = 2 * centred.mean(0).var(ddof=1)
+    rest = np.square(centred[0] - centred[1]).sum() / 2 / 8
+    ends = [placed / rest / f.ppf(q, 1, 1) for q in (0.975, 0.025)]
+    low, high = ((max(1, ratio) - 1) / (max(1, ratio) + 1) for ratio in ends)
+    assert found is not None and (found.low, found.high) == pytest.approx((low, high))
 
 
 def test_what_single_datasets_add_is_recovered_of_unequal_seeds() -> None:

@@ -94,6 +94,9 @@ def test_the_split_that_is_read_of_each_dataset_is_named(
     assert "split test of signs and val of digits is read, not test of digits; " in caplog.text
     assert choice.evidence["chosen_on"] == {"digits": "val", "signs": "test"}
     assert choice.chosen_on("signs") and not choice.chosen_on("digits")
+    undivided = LayerChoice((1,), (), "all", {"chosen_on": {"signs": "all", "*": "train/val"}})
+    assert undivided.chosen_on("signs") and undivided.chosen_on("digits", "val")
+    assert not undivided.chosen_on("digits")
     assert how_made(scores, "fisher_ratio").startswith("split test of signs and val of digits; ")
     assert how_made(scores[scores["split"] == "test"], "fisher_ratio").startswith("split test; ")
 
@@ -688,6 +691,21 @@ def test_a_straight_line_with_noise_seldom_passes_for_two(
     curves = np.linspace(0, rise, depth) + 0.1 * noise
     # At most 5 of 100, give or take three standard errors of 400 curves.
     assert np.mean([fit_knee(curve)["better_than_line"] for curve in curves]) <= 0.083
+
+
+def test_p_of_a_knee_is_how_often_a_line_with_such_noise_bends_as_much() -> None:
+    """By a second route: each line is drawn and fitted."""
+    noise = np.random.default_rng(0).standard_normal((1500, 5))
+    for block in range(1, 5):
+        noise[:, block] = 0.5 * noise[:, block - 1] + np.sqrt(0.75) * noise[:, block]
+
+    def bend(fit: dict[str, Any]) -> float:
+        return float(fit["line_squared_error"] / fit["squared_error"])
+
+    fit = fit_knee([0, 0.1, 0.05, 0.2, 0.6])
+    chance = [bend(fit_knee(0.3 * np.arange(5) + curve)) for curve in noise]
+    # Three standard errors of 1500 lines.
+    assert fit["p"] == pytest.approx(np.mean(np.array(chance) >= bend(fit)), abs=0.033)
 
 
 @pytest.mark.parametrize(
