@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +26,11 @@ from typer.testing import CliRunner
 from vlmadapters.cli import validate_stage
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.protocols.experiment import Experiment
-from vlmadapters.protocols.results import UNMOVED
+from vlmadapters.protocols.results import UNMOVED, ZERO_SHOT_METHODS
 from vlmadapters.protocols.train import train
 from vlmadapters.training.recipes import Recipe, TrainConfig
 from vlmadapters.validation import outcome
+from vlmadapters.validation.competitors import Competitor
 from vlmadapters.validation.outcome import label_of, summarise
 from vlmadapters.validation.search import search
 from vlmadapters.validation.validate import validate
@@ -37,6 +38,7 @@ from vlmadapters.validation.verdict import VALIDATION_COLUMNS
 from vlmlayers.errors import UserError
 from vlmlayers.files import write_json
 from vlmlayers.manifests import Manifest
+from vlmlayers.placement import Placement
 from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import read_answer
 from vlmlayers.report.validation import RecordedValidation as reported
@@ -104,6 +106,48 @@ def test_cells_trained_together_equal_runs_of_their_own(manifest: Manifest) -> N
         assert (base, novel) == pytest.approx((100 * by_kind["base"], 100 * by_kind["novel"]))
         assert row["hm"] == pytest.approx(2 / (1 / base + 1 / novel) if base and novel else 0)
         assert (row["n_base"], row["n_novel"]) == (10, 10)
+
+
+def test_each_number_of_a_cell_is_that_of_its_own_half_setting_and_dataset() -> None:
+    """From results whose numbers all differ; the second seed of one dataset lacks a placement."""
+    rng, rows, labels = np.random.default_rng(0), [], ["v2-3,t2-3 @lr=0.1", "v1-3,t1-3"]
+    for dataset, seed, label in [("b", 2, labels[0]), *product("ba", (1,), labels)]:
+        for kind, n in (("base", 30), ("novel", 20)):
+            row = {"dataset": dataset, "seed": seed, "placement": label, "split_kind": kind}
+            row |= dict(zip(("accuracy", "first_half", "second_half"), rng.uniform(size=3)))
+            row |= {"method": "MMA", "model": "m", "weights": "w", "shots": 4, "n": n}
+            rows.append(row | {"changed": 0.001 * seed, "seconds": 2.0, "parameters": 7})
+    plain = [
+        {"dataset": dataset, "split_kind": kind, "method": method, "accuracy": rng.uniform()}
+        for dataset, kind, method in product("ab", ("base", "novel"), ZERO_SHOT_METHODS)
+    ]
+    found = outcome.validation_table(
+        pd.DataFrame(rows + plain),
+        [
+            Competitor("chosen", Placement.parse("v2-3,t2-3")),
+            Competitor("all", Placement.parse(labels[1])),
+        ],
+        {"tuned": labels},
+    )
+    cells = [("b", 2, labels[0]), *product("ba", (1,), labels)]
+    assert [*zip(found["dataset"], found["seed"], found["kind"])] == [
+        (dataset, seed, "chosen" if label == labels[0] else "all") for dataset, seed, label in cells
+    ]
+    assert list(found["amount"]) == ["lr=0.1", "lr=0.1", "", "lr=0.1", ""]
+    for place, row in enumerate(found.to_dict("records")):
+        base, novel = rows[2 * place : 2 * place + 2]
+        for ours, theirs in (
+            ("hm", "accuracy"), ("hm_first_half", "first_half"), ("hm_second_half", "second_half")
+        ):  # fmt: skip
+            assert row[ours] == pytest.approx(200 / (1 / base[theirs] + 1 / novel[theirs]))
+        assert (row["base"], row["novel"]) == (100 * base["accuracy"], 100 * novel["accuracy"])
+        zero = [
+            one for one in plain if one["dataset"] == row["dataset"] and "," not in one["method"]
+        ]
+        assert [row["zero_shot_base"], row["zero_shot_novel"]] == [
+            100 * z["accuracy"] for z in zero
+        ]
+        assert (row["n_base"], row["n_novel"], row["changed"]) == (30, 20, row["seed"] == 2)
 
 
 @pytest.mark.parametrize(("split", "told"), [("test", True), ("all", True), ("val", False)])
@@ -349,6 +393,7 @@ from pathlib import Path
 from test_validate import RECIPE, Experiment
 from backbones import backbone
 from vlmlayers.manifests import Manifest
+from vlmlayers.placement import Placement
 import torch
 data, out, log = map(Path, sys.argv[1:])
 plain = Experiment.train_and_test

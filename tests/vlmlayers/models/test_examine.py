@@ -14,12 +14,14 @@ import tiny
 import torch
 import transformers_models
 from PIL import Image
+from scipy import stats
 from tiny import DrawnManifest
 
 import vlmlayers as vl
 from vlmlayers.errors import UserError
 from vlmlayers.metrics import METRICS
 from vlmlayers.metrics.declare import MODEL
+from vlmlayers.metrics.intervals import jackknife_interval
 from vlmlayers.metrics.model_level import chance_margin, zero_shot_margins
 from vlmlayers.models import VLM, contributions, examine, gradients, load_model, wrap_model
 from vlmlayers.models.examined import Inputs, Rows
@@ -168,6 +170,20 @@ def test_what_pads_images_enters_no_mean() -> None:
         torch.testing.assert_close(first, second)
         assert first[there].abs().max() > 0.1
     torch.testing.assert_close(means[0][2][0][there], expected.expand(3, -1, -1)[there])
+
+
+def test_what_a_block_adds_is_averaged_over_all_batches() -> None:
+    model = tiny.model("clip")
+    for name, items in (("vision", tiny.images(model.clip)), ("text", tiny.token_ids())):
+        tower = model.towers[name]
+        whole, parts, first = (
+            Inputs(model, "", np.arange(len(items)), {name: batches}).mean_added(name)
+            for batches in ([items], [items[:1], items[1:]], [items[:1]])
+        )
+        for block in range(1, tower.depth + 1):
+            (expected,) = map(tower.tokens, whole[block])
+            torch.testing.assert_close(torch.cat([*map(tower.tokens, parts[block])]), expected)
+            assert (tower.tokens(first[block][0]) - expected[:1]).abs().max() > 1e-3
 
 
 def test_what_pads_texts_enters_no_mean() -> None:
@@ -461,6 +477,35 @@ def test_the_null_of_gradients_is_the_mean_of_what_each_shuffle_gives(
         assert row.null == pytest.approx(np.mean(nulls), abs=1e-5)
 
 
+def test_gradients_of_groups_are_those_of_all_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However images are dealt, by one or by two, and of the rest where a group is left out."""
+    of = gradients.Alignment.of
+    given: list[tuple] = []
+
+    def kept(*arguments) -> list:
+        given[:] = arguments
+        return of(*arguments)
+
+    monkeypatch.setattr(gradients.Alignment, "of", kept)
+    table = examine(tiny.model("clip"), drawn(), metrics="gradient_alignment", items=24,
+                    progress=False)  # fmt: skip
+    inputs, labellings, halves, dealt = given
+    assert {len(rows) for parts in dealt for rows in parts} == {1, 2}
+
+    def alignment(without: int | None = None) -> dict:
+        rest = [[p for g, p in enumerate(parts) if g != without] for parts in dealt]
+        together = [[np.sort(np.concatenate(parts))] for parts in rest]
+        return of(inputs, labellings[:1], halves, together)[0].whole()
+
+    value, left_out = alignment(), [alignment(group) for group in range(len(dealt[0]))]
+    for row in table.itertuples():
+        place = row.tower, int(row.position)
+        low, high = jackknife_interval(value[place], np.array([one[place] for one in left_out]))
+        expected = value[place], max(float(low), -1), min(float(high), 1)
+        assert (row.value, row.low, row.high) == pytest.approx(expected, abs=1e-4)
+    assert ((table["high"] == 1) | (table["low"] == -1)).any()
+
+
 class Alike(Drawn):
     """Every image of a class is the same one, or every image of all classes."""
 
@@ -509,6 +554,20 @@ def test_labels_that_say_nothing_leave_gradient_norms_at_their_null() -> None:
     )
     assert table["null"].to_numpy() == pytest.approx(table["value"].to_numpy(), rel=1e-5)
     assert (table["low"] < table["value"]).all() and (table["low"] >= 0).all()
+
+
+def test_the_interval_of_gradient_norms_is_that_of_a_mean_over_batches(monkeypatch) -> None:
+    of, batches = gradients._norms_of_batch, []
+    monkeypatch.setattr(
+        gradients, "_norms_of_batch", lambda *given: batches.append(of(*given)) or batches[-1]
+    )
+    table = examine(
+        tiny.model("clip"), drawn(), metrics="relative_gradient_norm", items=24, progress=False
+    )
+    own, shuffled = np.moveaxis(np.array(batches), 1, 0)
+    low, high = stats.t.interval(0.95, len(own) - 1, own.mean(0), stats.sem(own))
+    expected = np.stack([own.mean(0), low.clip(0), high, shuffled.mean(0)], axis=1)
+    assert table[["value", "low", "high", "null"]].to_numpy() == pytest.approx(expected)
 
 
 def test_the_gradient_norm_is_a_ratio_of_two_lengths() -> None:
