@@ -174,6 +174,9 @@ def test_what_single_datasets_add_is_recovered_of_unequal_seeds() -> None:
     shares = [(one.placement_by_dataset or 0.0, one.rest) for one in found if one is not None]
     assert np.mean([own / (own + rest) for own, rest in shares]) == pytest.approx(0.5, abs=0.06)
     assert np.mean([one is not None and one.low > 0 for one in found]) < 0.08
+    drawn = (rng.normal(size=12) + rng.normal(size=(18, 12)) for _ in range(100))
+    placed = [variance_within_cells(values, map(str, of)) for values in drawn]
+    assert np.mean([one.placement for one in placed if one]) == pytest.approx(0.5, abs=0.06)
 
 
 def test_a_point_takes_the_cells_that_a_paired_test_takes() -> None:

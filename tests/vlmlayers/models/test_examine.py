@@ -391,7 +391,10 @@ def test_prompts_are_no_images_where_there_are_as_many(silenced) -> None:
     rows.inputs, rows.split, rows.seed, rows.draws, rows.rows = inputs, "val", 0, 200, []
     rows.add_mean("joint_change", "text", "1", values)
     rows.add_mean("joint_change", "vision", "1", values)
-    prompts, images = rows.rows
+    for tower in ("text", "vision"):  # of images, whichever tower has changed
+        rows.add_mean("skip_accuracy_drop", tower, "1", values, difference=True)
+    prompts, images, *drops = rows.rows
+    assert drops[0]["low"] == drops[1]["low"] < drops[1]["high"] == drops[0]["high"] == 0.5
     assert prompts["low"] < 0.3 and prompts["high"] > 0.7
     assert images["low"] == pytest.approx(0.5) == images["high"]
 

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binomtest, hypergeom
-from score_tables import row
+from score_tables import curve_rows, row
+from score_tables import table as table_of
 from synthetic import make_features, many
 
 from vlmlayers.errors import UserError
@@ -175,6 +176,32 @@ def test_what_is_calibrated_has_its_value_in_its_interval(scores: pd.DataFrame) 
     assert set(rows[rows["value"] < 0]["metric"]) > {"cka_biased_calibrated"}
     assert rows["value"].between(rows["low"] - 1e-9, rows["high"] + 1e-9).all()
     assert rows["high"].max() <= 1
+
+
+def test_what_is_calibrated_is_its_metric_and_interval_from_chance_to_identity(
+    scores: pd.DataFrame,
+) -> None:
+    """A line through both for each cell, and nothing is the closest pair within one tower."""
+    place = ["dataset", "tower", "position", "other_tower", "other_position", "space"]
+    for name in ("cka_biased", "cka_debiased", "rsa", "mutual_knn", "procrustes"):
+        plain, made = (
+            scores[scores["metric"] == one].set_index(place).sort_index()
+            for one in (name, f"{name}_calibrated")
+        )
+        best = 0.0 if name == "procrustes" else 1.0
+        chance = plain["null"]
+        value = (plain["value"] - chance) / (best - chance)
+        # A difference of the metric, as half of an interval is one before it meets a bound.
+        half = (plain["high"] - plain["low"]) / (best - chance).abs() / 2
+        free = (plain["high"] + plain["low"] - 2 * plain["value"]).abs() < 1e-9
+        free &= made["high"] < 1
+        assert made["value"].to_numpy() == pytest.approx(value.to_numpy(), abs=1e-6)
+        found = (made["high"] - made["low"])[free] / 2
+        assert free.sum() > 5 and found.to_numpy() == pytest.approx(half[free].to_numpy(), abs=1e-6)
+    variants = scores["metric"].str.contains("_calibrated|_max")
+    assert (scores[variants]["null"] == 0).all()
+    largest = scores[scores["metric"].str.endswith("_max")]
+    assert (largest["tower"] != largest["other_tower"]).all()
 
 
 def test_dataset_accuracy_rises_with_the_planted_depth(scores: pd.DataFrame) -> None:
@@ -354,6 +381,20 @@ def test_a_caption_says_over_what_a_curve_is_a_mean() -> None:
     both = made(*(f"source={s};family={f}" for s, f in (("a", "x"), ("b", "x"), ("a", "y"))))
     assert "mean over 2 sources and 2 families" in both
     assert "mean over" not in made("interval=bootstrap;head=1")
+
+
+def test_an_overview_reads_the_pooled_rows_where_there_are_some() -> None:
+    """And a band ends where the metric does."""
+    parts = {"*": 0.9, "digits": 0.3, "signs": 0.4}
+    rows = [
+        curve_rows("class_accuracy", "vision", [value, 0.02], dataset=name, half=0.3)
+        for name, value in parts.items()
+    ]
+    found = overview(table_of(*rows))["class_accuracy", "vision"]
+    assert found.loc[["1", "2"]].tolist() == [0.9, 0.02]
+    ends = curves(table_of(*rows), "class_accuracy", "*").set_index("position")
+    assert ends.loc["1", ["low", "high"]].tolist() == pytest.approx([0.6, 1.0])
+    assert ends.loc["2", ["low", "high"]].tolist() == pytest.approx([0.0, 0.32])
 
 
 def test_an_overview_keeps_a_tower_without_a_number() -> None:
@@ -798,6 +839,11 @@ def test_no_text_interval_passes_what_shared_prompts_leave_possible() -> None:
     text = table[table.tower == "text"]
     most = text["options"].str.extract("ceiling=([0-9.]+)")[0].astype(float)
     assert (text["high"] <= most + 1e-4).all() and (text["low"] < text["high"]).all()
+    hidden = score(members, ["dataset_invariance"], **QUICK).query("tower == 'text'")
+    least = hidden["options"].str.extract("floor=([0-9.]+)")[0].astype(float)
+    # 1 where all is guessed, 0 where each of three is told.
+    assert least.to_numpy() == pytest.approx(1.5 * (1 - most.iloc[0]), abs=1e-3)
+    assert (hidden["low"] >= least - 1e-3).all()
 
 
 @pytest.mark.parametrize("strength", [0.0, 8.0])

@@ -155,6 +155,23 @@ def test_the_frechet_null_is_of_rows_that_are_not_normal(n: int, m: int, kept: i
     assert frechet_null_from(*sums, rng, draws=40) > 1.2 * mixed
 
 
+def test_a_frechet_null_of_rows_is_the_gap_of_the_two_parts_that_are_drawn() -> None:
+    rng = np.random.default_rng(11)
+    x, y = rng.normal(size=(9, 4)) + 3, 2 * rng.normal(size=(6, 4))
+    found = frechet_null_by_rows(
+        Moments.of(x), Moments.of(y), (x, y), np.random.default_rng(1), draws=1
+    )
+    again = np.random.default_rng(1)
+    of_x = int(again.hypergeometric(9, 6, 6))
+    orders = again.permutation(9), again.permutation(6)
+    apart = [(z - z.mean(axis=0))[order] for z, order in zip((x, y), orders)]
+    drawn = np.vstack([apart[0][:of_x], apart[1][: 6 - of_x]])
+    rest = np.vstack([apart[0][of_x:], apart[1][6 - of_x :]])
+    assert 0 < of_x < 6 and found == pytest.approx(
+        frechet_from(Moments.of(drawn), Moments.of(rest)), rel=1e-9
+    )
+
+
 def gap_of_mixed(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> float:
     rows = rng.permutation(np.vstack([x - x.mean(axis=0), y - y.mean(axis=0)]))
     parts = [part - part.mean(axis=0) for part in (rows[: len(x)], rows[len(x) :])]
@@ -272,6 +289,11 @@ def test_streamed_values_are_those_of_the_features(features: list[LayerFeatures]
     plain = score([member], ["fisher_ratio"], bootstrap=20, positions=["2"])
     place = ("captioned", "vision", "2", "fisher_ratio", "native")
     assert streamed.loc[[place], "null"].item() == pytest.approx(plain["null"].iloc[0])
+    rng = np.random.default_rng(0)
+    shuffled = [cka(native[0], native[1][rng.permutation(300)], debiased=False) for _ in range(40)]
+    for metric, null in (("cka_biased", np.mean(shuffled)), ("cka_debiased", 0.0)):
+        found = streamed.loc[[("captioned", "vision", "2", metric, "native")], "null"].item()
+        assert found == pytest.approx(null, rel=0.02)
 
 
 @pytest.mark.parametrize(("classes", "items"), [(5, 60), (300, 3000)])
