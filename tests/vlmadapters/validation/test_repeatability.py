@@ -403,6 +403,7 @@ def test_predictors_may_tie_reverse_or_lack_placements_and_the_ceiling_is_no_can
         "reverse": -truth,
         "tied": np.array([1.0, 1.0, *np.linspace(0.5, 0, len(truth) - 2)]),
         "part": np.where(np.arange(len(truth)) == 3, np.nan, truth),
+        "blocks_adapted": np.arange(len(truth), 0.0, -1),  # which no measurement tells
     }
     long = [(name, score, value) for score, values in guesses.items()
             for name, value in zip(PLACEMENTS, values)]  # fmt: skip
@@ -411,6 +412,7 @@ def test_predictors_may_tie_reverse_or_lack_placements_and_the_ceiling_is_no_can
     assert "part" not in judged.index
     assert judged.loc["reverse", "tau"] < -0.5 and judged.loc["reverse", "p"] < 0.01
     assert judged.loc["tied", "pick"] == "2 tied"
+    assert judged.loc[["tied", "blocks_adapted"], "kind"].tolist() == ["score", "baseline"]
     gain = (wide[PLACEMENTS[:2]].mean(axis=1) - wide[PLACEMENTS[4]]).mean()
     assert judged.loc["tied", "gain"] == pytest.approx(gain)
     assert judged.loc["fewest_blocks", "pick"] == PLACEMENTS[-1]

@@ -246,6 +246,13 @@ def test_agreement_and_a_null_of_noise_of_a_package_are_scored_as_shipped_ones(
     found = rows.set_index(["tower", "other_tower"])
     expected = np.corrcoef(*lengths)[0, 1]
     assert found.loc[("vision", "text"), "value"] == pytest.approx(expected, abs=1e-5)
+    across = scores[(scores.tower == "vision") & (scores.other_tower == "text")]
+    across = across.set_index(["position", "other_position"])["value"]
+    for here, there in (("1", "3"), ("3", "1")):  # which differ: the towers are two
+        images = member.tower("vision").arrays["native"][here].reshape(10, 6, -1).mean(axis=0)
+        texts = member.tower("text").arrays["native"][there]
+        expected = np.corrcoef(*(np.linalg.norm(x, axis=1) for x in (images, texts)))[0, 1]
+        assert across[here, there] == pytest.approx(expected, abs=1e-5)
     own = found.loc[("vision", "vision")]  # of all images, and no shuffle comes near itself
     assert (own["value"], own["n"]) == (pytest.approx(1.0), 60) and "p=0.05" in own["options"]
     assert abs(own["null"]) < 0.1

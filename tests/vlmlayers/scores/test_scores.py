@@ -488,6 +488,13 @@ def test_a_matrix_is_square_and_symmetric_within_a_tower(scores: pd.DataFrame) -
     assert list(inner.index) == list(inner.columns) == ["embed", "1", "2", "3", "final", "proj"]
     assert inner.to_numpy() == pytest.approx(inner.to_numpy().T)
     assert np.diag(inner) == pytest.approx(np.ones(6))
+    for other, matrix in (
+        ("vision", inner),
+        ("text", score_matrix(scores, "cka_debiased", dataset="set0")),
+    ):
+        read = agreement(scores, "cka_debiased", "vision", other, "set0")
+        read = read.set_index(["position", "other_position"])["value"]
+        assert all(read[pair] == matrix.loc[pair] for pair in read.index) and len(read) >= 21
     across = score_matrix(scores, "rsa_calibrated")
     assert across.shape == (6, 6)
     with pytest.raises(UserError, match="no rsa between vision and text for dataset 'nowhere'"):
