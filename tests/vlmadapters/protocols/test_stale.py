@@ -151,6 +151,27 @@ def test_a_folder_of_other_values_gives_what_an_empty_one_does(change: str, tmp_
     assert not after.equals(before)
 
 
+BESIDE = {"nothing": {}, "split": {"split": "val"}, **CHANGES}
+
+
+@pytest.mark.parametrize("change", BESIDE)
+def test_a_table_puts_datasets_beside_each_other_only_where_they_compare(
+    change: str, tmp_path: Path
+) -> None:
+    pictures = [add_classes(tmp_path / name, FOUR) for name in ("first", "other")]
+    for one, changed in zip(pictures, ({}, BESIDE[change])):
+        shutil.copytree(one / "train", one / "val")
+        asked = {"recipe": RECIPE, "protocol": "few-shot", "seeds": (1,), "items": 12} | changed
+        train(shared_backbone(), one, out=tmp_path / "out", progress=False, **asked)
+    table = stored(tmp_path / "out")
+    trained = table.method == "MMA"
+    # For seeds and protocols a table has columns.
+    both = change in ("nothing", "seed", "protocol")
+    assert set(table.dataset[trained]) == {"other", *["first"] * both}
+    both = change not in ("split", "items", "template")  # on which zero-shot CLIP depends
+    assert set(table.dataset[~trained]) == {"other", *["first"] * both}
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_an_image_under_the_same_name_counts(tmp_path: Path, split: str) -> None:
     pics = add_classes(tmp_path / "pics", FOUR)
