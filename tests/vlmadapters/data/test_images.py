@@ -22,7 +22,8 @@ from backbones import shared_backbone
 from PIL import Image
 from scipy.stats import ks_2samp
 from torch.utils.data import DataLoader
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as V
 
 from vlmadapters.data.images import (
     Augmentation,
@@ -102,6 +103,23 @@ def test_evaluation_images_are_what_the_models_transform_gives() -> None:
     for _ in range(2):  # decoded, then kept
         found = torch.cat(list(images.batches(items, 4)))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_views_of_images_that_are_not_square_are_torchvisions_of_the_same_boxes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, augmentation = Images(shared_backbone(), MANIFEST), Augmentation()
+    raw = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 24, 72), dtype=np.uint8))
+    monkeypatch.setattr(images, "raw", lambda item: raw)
+    draws = augmentation.draws(8, 1, 0)
+    views = []
+    for draw in draws:
+        *box, flip = augmentation.box(draw, 24, 72)
+        view = V.resized_crop(raw, *box, [32, 32], InterpolationMode.BICUBIC, antialias=True)
+        views.append(V.horizontal_flip(view) if flip else view)
+    torch.testing.assert_close(
+        images.augmented(MANIFEST.items("test")[:8], draws, augmentation), images.normalised(views)
+    )
 
 
 def test_decoded_images_leave_the_machine_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,22 @@ def test_keys_are_trained_from_the_cache_on_and_then_alpha_and_beta_chosen() -> 
     assert (float(result.method.beta), float(result.method.alpha)) == chosen
 
 
+def test_alpha_and_beta_are_chosen_on_the_validation_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(Tip, "search", lambda method, *seen: given.extend(seen))
+    trainer = trainer_of(TipConfig(views=1), TRAIN)
+    trainer.fit()
+    items = trainer.validation
+    with torch.no_grad():
+        features = trainer.model.clip.encode_image(torch.cat([*trainer.images.batches(items, 4)]))
+    cosines = F.cosine_similarity(given[0], features)
+    torch.testing.assert_close(cosines, torch.ones(len(items)))
+    assert given[1].tolist() == [item.label for item in items]
+    assert not {item.path for item in items} & {item.path for item in trainer.items}
+
+
 def test_without_validation_items_alpha_and_beta_stay() -> None:
     (result,) = trainer_of(TipConfig(alpha=3.0, views=1), TRAIN, validation=()).fit()
     assert isinstance(result.method, Tip) and float(result.method.alpha) == 3.0

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from backbones import shared_backbone
 
 import vlmadapters as va
 from vlmadapters.cli.inputs import read_recipes
+from vlmadapters.clip.savings import Savings
 from vlmadapters.methods import BUILT_IN, METHODS
 from vlmadapters.methods.config import VIT_B_16
 from vlmadapters.methods.configs import KgCoOpConfig
-from vlmadapters.training.recipes import Recipe, load_recipe
+from vlmadapters.training.recipes import Recipe, TrainConfig, load_recipe
 from vlmadapters.training.trainer import Trainer
 from vlmlayers.errors import UserError
 
@@ -32,6 +35,28 @@ def recipe(tmp_path: Path) -> Recipe:
     path = tmp_path / "own.toml"
     path.write_text(TEXT)
     return load_recipe(path)
+
+
+CHANGED: dict[str, Any] = {
+    "optimizer": "adamw", "lr": 0.1, "momentum": 0.5, "beta2": 0.9, "eps": 1e-6,
+    "weight_decay": 0.1, "max_norm": 1.0, "schedule": "step", "warmup_epochs": 1,
+    "warmup_lr": 1e-3, "final_lr": 1e-4, "epochs": 7, "steps_per_shot": 3, "updates_per_batch": 2,
+    "batch_size": 8, "drop_last": False, "shots": 4, "template": "{}", "precision": "bf16",
+    "crop_scale": (0.5, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "cached_views": 2,
+    "device_crops": True,
+}  # fmt: skip
+ALIKE = {"savings": Savings.none(), "save_every": 3, "cuda_graph": False}  # change no number
+
+
+def test_what_a_recipe_is_known_by_changes_with_each_value_that_a_result_depends_on() -> None:
+    assert {*CHANGED, *ALIKE} == {one.name for one in fields(TrainConfig)}
+    plain = TrainConfig().identity()
+    for key, value in CHANGED.items():
+        assert replace(TrainConfig(), **{key: value}).identity() != plain, key
+    assert replace(TrainConfig(), **ALIKE).identity() == plain
+    # Steps of the warm-up counted into the cosine once: those results are others.
+    stepwise = replace(TrainConfig(), schedule="step", warmup_epochs=1).identity()
+    assert stepwise["schedule"] != "step" == replace(TrainConfig(), schedule="step").schedule
 
 
 DEEP = {"vision": 24, "text": 12}

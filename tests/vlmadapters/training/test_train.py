@@ -41,7 +41,7 @@ from vlmadapters.protocols.evaluate import Case, Evaluator
 from vlmadapters.training.memory import kept_bytes, step_bytes
 from vlmadapters.training.recipes import TrainConfig
 from vlmadapters.training.state import STATE_FILE
-from vlmadapters.training.trainer import Trainer, TrainResult
+from vlmadapters.training.trainer import Trainer, TrainResult, count_steps
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models.devices import available_memory
@@ -520,6 +520,13 @@ def test_nor_may_the_last_batch_of_an_epoch_leave_one_process_more_images(
     with pytest.raises(UserError, match="last batch of an epoch, of 2 images, does not divide"):
         trainer(whole)
     trainer(replace(whole, drop_last=True))
+
+
+def test_steps_are_those_of_the_batches_that_are_kept() -> None:
+    plain = replace(TRAIN, batch_size=4, epochs=3, steps_per_shot=0)
+    for items, drop_last, steps in ((10, True, 6), (10, False, 9), (8, False, 6), (3, True, 3)):
+        assert count_steps(replace(plain, drop_last=drop_last), items) == steps
+    assert count_steps(replace(plain, steps_per_shot=5, shots=2), 10) == 10
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 1), (2, 3)])

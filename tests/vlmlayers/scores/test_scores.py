@@ -53,6 +53,7 @@ from vlmlayers.scores.readouts import (
     _ceiling,
     _numbered,
     accuracy_interval,
+    class_split,
     dataset_split,
 )
 from vlmlayers.scores.run import chosen_metrics, job_count, make_tasks
@@ -868,6 +869,14 @@ def test_invariance_is_the_accuracy_said_otherwise_with_its_interval(strength: f
     if strength:
         sure = invariance[accuracy["value"].to_numpy() == 1.0]
         assert len(sure) and (sure["high"] > 0.005).all()
+
+
+def test_captions_of_an_image_are_in_one_part_of_a_split_by_class() -> None:
+    text = make_features(items=30, classes=3, captions=4).text
+    split = class_split(text, ScoreOptions(), seed=1)
+    (rows,) = split.rows
+    assert len(rows) == 120 and split.folds > 2
+    assert (pd.crosstab(text.pairs[rows], split.fold) > 0).sum(axis=1).eq(1).all()
 
 
 def test_images_are_equally_many_and_spread_over_classes() -> None:
