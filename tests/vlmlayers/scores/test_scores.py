@@ -871,6 +871,47 @@ def test_invariance_is_the_accuracy_said_otherwise_with_its_interval(strength: f
         assert len(sure) and (sure["high"] > 0.005).all()
 
 
+def test_agreement_of_towers_is_of_class_means_however_many_images_a_class_has() -> None:
+    """And of every class, where two have one name."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(5), (2, 3, 5, 10, 20))
+    images, texts = rng.normal(size=(40, 6)) + 3, rng.normal(size=(5, 4))
+    features = LayerFeatures.from_arrays(
+        {"1": images}, labels=labels, class_names=("one", "one", "two", "six", "ten"),
+        text={"1": texts}, text_labels=np.arange(5),
+    )  # fmt: skip
+    means = np.stack([images[labels == label].mean(axis=0) for label in range(5)])
+    row = agreement_of(score(features, ["cka_debiased"], **QUICK), features.dataset)
+    assert (row["value"], row["n"]) == (
+        pytest.approx(METRICS["cka_debiased"].function(means, texts), abs=1e-5),
+        5,
+    )
+
+
+def test_rows_of_agreement_are_bounded_for_all_datasets_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(METRICS, "cka_debiased", replace(METRICS["cka_debiased"], largest_n=8))
+    table = score(many(2, items=30), ["cka_debiased"], positions=["1"], **QUICK)
+    found = {
+        towers: [agreement_of(table, dataset, towers)["n"] for dataset in ("set0", "*")]
+        for towers in ("vision vision", "text text", "vision text")
+    }
+    assert found == {"vision vision": [8, 8], "text text": [6, 8], "vision text": [6, 8]}
+
+
+def test_captions_are_not_pooled_with_prompts(scores: pd.DataFrame) -> None:
+    """Three datasets and one of the same class names have prompts, which are 18 classes."""
+    row = agreement_of(scores[scores["metric"] == "cka_debiased"], "*")
+    assert row["n"] == 18 and "pairs=class_means" in row["options"]
+
+
+def test_every_class_is_in_every_part_of_a_split_by_class() -> None:
+    labels = np.repeat([0, 1, 2], (3, 12, 15))
+    split = class_split(replace(make_features(items=30).vision, labels=labels), ScoreOptions(), 1)
+    assert split.folds == 3 and (pd.crosstab(split.labels, split.fold) > 0).all(axis=None)
+
+
 def test_captions_of_an_image_are_in_one_part_of_a_split_by_class() -> None:
     text = make_features(items=30, classes=3, captions=4).text
     split = class_split(text, ScoreOptions(), seed=1)
