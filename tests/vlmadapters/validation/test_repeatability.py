@@ -388,6 +388,12 @@ def test_predictors_are_judged_in_cells_beside_ceiling_and_baselines() -> None:
     assert rows.loc["oracle", "pick"] == oracle.idxmax() and rows.loc["oracle", "p_holm"] < 0.05
     assert rows.loc["zero-shot", "gain"] == pytest.approx(40 - wide[reference].mean())
     assert rows.loc["the published placement", "gain"] == 0
+    of = wide.index.get_level_values("dataset")
+    by_others = [
+        row[wide[of != name].groupby("dataset").mean().mean().idxmax()] - row[reference]
+        for name, (_, row) in zip(of, wide.iterrows())
+    ]  # never picked in its own cell
+    assert rows.loc["other cells", "gain"] == pytest.approx(np.mean(by_others))
     assert rows.loc["other cells", "kind"] == "ceiling" and rows.loc["other cells", "tau"] > 0.3
     said = predictors_statement(judged, reference)
     assert "the ceiling" in said and f"({gain:+.1f}; named by " in said and "n = 18 cells" in said

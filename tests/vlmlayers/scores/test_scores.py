@@ -394,6 +394,7 @@ def test_an_overview_reads_the_pooled_rows_where_there_are_some() -> None:
     found = overview(table_of(*rows))["class_accuracy", "vision"]
     assert found.loc[["1", "2"]].tolist() == [0.9, 0.02]
     ends = curves(table_of(*rows), "class_accuracy", "*").set_index("position")
+    assert (ends["seeds"] == 0).all(), "nothing was drawn"
     assert ends.loc["1", ["low", "high"]].tolist() == pytest.approx([0.6, 1.0])
     assert ends.loc["2", ["low", "high"]].tolist() == pytest.approx([0.0, 0.32])
 
@@ -898,6 +899,14 @@ def test_rows_of_agreement_are_bounded_for_all_datasets_together(
         for towers in ("vision vision", "text text", "vision text")
     }
     assert found == {"vision vision": [8, 8], "text text": [6, 8], "vision text": [6, 8]}
+
+
+def test_three_rows_agree_by_construction_and_give_no_interval() -> None:
+    few, more = (
+        agreement_of(score(make_features(classes=n), ["cka_biased"], **QUICK), "alpha")
+        for n in (4, 5)
+    )
+    assert np.isnan([few["low"], few["high"]]).all() and more["low"] < more["high"]
 
 
 def test_captions_are_not_pooled_with_prompts(scores: pd.DataFrame) -> None:
