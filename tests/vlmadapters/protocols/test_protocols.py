@@ -277,6 +277,21 @@ def test_recipes_settings_and_shots_of_one_method_stay_apart() -> None:
     assert set(compare_methods(found).method) == {*shown, ZERO_SHOT_CLIP}
 
 
+def test_settings_that_follow_the_dataset_are_not_named_as_those_of_all() -> None:
+    of_dataset = replace(RECIPE, datasets={"shapes_filled": {"settings": {"scale": 0.2}}})
+    followed, fixed = (
+        found[found.method == "MMA"].reset_index(drop=True)
+        for found in (
+            run(seeds=(1,), recipe=recipe)
+            for recipe in (of_dataset, RECIPE.changed({}, {"scale": 0.2}))
+        )
+    )
+    assert followed["log_likelihood"].equals(fixed["log_likelihood"])
+    assert fixed["settings"].str.contains("scale=0.2").all()
+    assert not followed["settings"].str.contains("scale").any()
+    assert followed["settings"].str.contains("dim=").all()
+
+
 def test_one_cell_serves_two_names_of_the_same_values(tmp_path: Path) -> None:
     lr = RECIPE.train.lr
     tables = [run(tmp_path, seeds=1, placement=["2", f"2@lr={lr}"]) for _ in range(2)]
