@@ -181,6 +181,19 @@ def test_an_image_under_the_same_name_counts(tmp_path: Path, split: str) -> None
     assert len(list((tmp_path / "out" / "cells").glob("pics-mma*.json"))) == 2
 
 
+def test_an_image_of_a_target_counts(tmp_path: Path) -> None:
+    first, other = (add_classes(tmp_path / name, FOUR) for name in ("first", "other"))
+    transfer = {"recipe": RECIPE, "protocol": "cross-dataset", "targets": [other], "seeds": (1,)}
+    tables = []
+    for out in (tmp_path / "out", tmp_path / "out", None):
+        tables.append(train(shared_backbone(), first, out=out, progress=False, **transfer))
+        if len(tables) == 1:
+            repaint(other / "test" / "cat" / "0.png")
+    before, after, fresh = (one.drop(columns="seconds") for one in tables)
+    pd.testing.assert_frame_equal(after, fresh)
+    assert not after.equals(before)
+
+
 def test_two_datasets_of_one_name_are_refused(tmp_path: Path) -> None:
     one = add_classes(tmp_path / "a" / "images", FOUR)
     two = add_classes(tmp_path / "b" / "images", FOUR)

@@ -291,6 +291,8 @@ def test_streamed_values_are_those_of_the_features(features: list[LayerFeatures]
     assert streamed.loc[[place], "null"].item() == pytest.approx(plain["null"].iloc[0])
     rng = np.random.default_rng(0)
     shuffled = [cka(native[0], native[1][rng.permutation(300)], debiased=False) for _ in range(40)]
+    gap = streamed.loc[[("captioned", "vision", "2", "frechet_gap", "joint")], "null"].item()
+    assert gap == pytest.approx(frechet_null(x, y), rel=0.1), "of all 300, not of the 60 kept"
     for metric, null in (("cka_biased", np.mean(shuffled)), ("cka_debiased", 0.0)):
         found = streamed.loc[[("captioned", "vision", "2", metric, "native")], "null"].item()
         assert found == pytest.approx(null, rel=0.02)
