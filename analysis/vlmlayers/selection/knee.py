@@ -55,7 +55,7 @@ def fit_knee(curve: Given) -> dict[str, Any]:
     floor = 1e-12 * max(float(np.var(curve)) * depth, 1e-12)
     null = _bends_of_lines(depth)
     above = len(null) - int(np.searchsorted(null, (line - error) / (error + floor)))
-    p = round((1 + above) / (1 + len(null)), 4)
+    p = round((1 + above) / (1 + len(null)), 5)
     return {
         "knee": int(knee),
         "slope_before": float(weights[1]),
