@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -126,10 +126,11 @@ def read_table(name: str) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def replace_rows(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write a table as `write_table`; rows of other hardware that it has stay below these."""
-    here = {row["hardware"] for row in rows}
-    others = [row for row in read_table(name) if row["hardware"] not in here]
+def replace_rows(name: str, rows: list[dict[str, Any]], by: Sequence[str] = ()) -> Path:
+    """Write a table as `write_table`; rows of other hardware, or other `by`, stay below these."""
+    keys = ("hardware", *by)
+    here = {tuple(str(row[key]) for key in keys) for row in rows}
+    others = [row for row in read_table(name) if tuple(row[key] for key in keys) not in here]
     return write_table(name, rows + others)
 
 

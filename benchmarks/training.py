@@ -238,7 +238,8 @@ def main() -> None:
         for first in map(int, asked.placements.split(","))
         for made in compare(architecture, first, precision, device, asked.rounds)
     ]
-    replace_rows(f"training_{device}", rows)  # what pays depends on the processor
+    # What pays depends on the processor.
+    replace_rows(f"training_{device}", rows, by=("model", "placement"))
 
 
 if __name__ == "__main__":
