@@ -488,6 +488,17 @@ def test_a_folder_of_one_class_names_the_table_beside_it(tmp_path: Path) -> None
     assert "one class, 'images'; if items.csv says" in Manifest.load(tmp_path / "zoo").remarks()[0]
 
 
+def test_classes_that_are_folders_of_folders_are_told(tmp_path: Path) -> None:
+    """Several datasets in one folder were classes of one, their own classes gone, unsaid."""
+    write_pictures(tmp_path / "all", [f"{a}/{b}/1.png" for a in "xy" for b in ("ant", "bee")])
+    (remark,) = Manifest.load(tmp_path / "all").remarks()
+    assert remark.startswith("each of its 2 classes is a folder of folders; where those inside")
+    assert remark.endswith(f"give such as {tmp_path / 'all/x'}")
+    assert not Manifest.load(tmp_path / "all/x").remarks()
+    write_pictures(tmp_path / "all", ["y/2.png"])  # as folders inside some classes are usual
+    assert not Manifest.load(tmp_path / "all").remarks()
+
+
 def test_table_with_numbers_and_names(tmp_path: Path) -> None:
     rows = [{"file": f"{i}.jpg", "y": i % 2, "word": "ab"[i % 2]} for i in range(20)]
     write_table(tmp_path / "t.parquet", rows)  # type: ignore[arg-type]

@@ -232,6 +232,14 @@ class FolderLayout(Layout):
                     f"one class, {self._class_folders[0]!r}; if {table} says the classes, give it "
                     f"in place of its folder: {folder / table}"
                 )
+        base = self._bases[0] if self._bases else ""
+        places = [self.place.images / (base + folder) for folder in self._class_folders]
+        # Of usual folders the first is looked at alone.
+        if len(places) > 1 and all(map(_holds_classes_alone, places)):
+            found.append(
+                f"each of its {len(places)} classes is a folder of folders; where those inside are "
+                f"the classes, give such as {places[0]}"
+            )
         return tuple(found)
 
 
@@ -264,6 +272,13 @@ def _holds_classes(folder: Path) -> bool:
         inside = (Path(entry) for entry in _entries(folder) if entry.is_dir())
         return any(_is_image(entry.name) for inner in inside for entry in _entries(inner))
     return False
+
+
+def _holds_classes_alone(folder: Path) -> bool:
+    """Return whether a folder holds folders of images, and none beside them."""
+    if not folder.is_dir() or any(_is_image(entry.name) for entry in _entries(folder)):
+        return False
+    return _holds_classes(folder)
 
 
 def _is_image(name: str) -> bool:
