@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vlmlayers.files import write_text
 from vlmlayers.plots import save_figure, unseen
 from vlmlayers.plots.comparison import run_curves
 from vlmlayers.plots.saving import slug, with_source
+from vlmlayers.positions import TOWERS
 from vlmlayers.report.comparable import comparability
 from vlmlayers.report.figures import Drawn, check_shown
 from vlmlayers.report.numbers import Answer, read_answer
@@ -146,30 +148,25 @@ def _figures(
     out: Path,
     formats: Sequence[str],
 ) -> Any:
-    for metric in [name for name in DRAWN if name in shared]:
+    legend = [f"{run.name}{', RANDOM WEIGHTS' * run.answer.random_weights}" for run in runs]
+    for metric, tower in product([name for name in DRAWN if name in shared], TOWERS):
         parts = []
         for run in runs:
             frame = run.answer.curves(metric)
-            frame = frame[frame["tower"] == "vision"]
-            label = run.name + (" (random)" if run.answer.random_weights else "")
-            named = with_source(frame, run.answer.model, run.answer.weights)
+            label = run.name + " (random)" * run.answer.random_weights
+            named = with_source(
+                frame[frame["tower"] == tower], run.answer.model, run.answer.weights
+            )
             parts.append(named.assign(run=label))
         table = pd.concat(parts, ignore_index=True)
-        if table.empty:
+        if table["value"].isna().all():
             continue
+        name = f"runs-{slug(metric)}{'-text' * (tower == 'text')}"
         with unseen():
-            files = save_figure(
-                run_curves(table, metric), out / "figures" / f"runs-{slug(metric)}", table, formats
-            )
+            files = save_figure(run_curves(table, metric), out / "figures" / name, table, formats)
         label = metric_entry(metric)["label"]
-        legend = [
-            f"{run.name}{', RANDOM WEIGHTS' if run.answer.random_weights else ''}" for run in runs
-        ]
-        yield Drawn(
-            f"runs-{slug(metric)}",
-            f"{label} of the vision tower: {'; '.join(legend)}. Bands: 95 % interval.",
-            tuple(files),
-        )
+        caption = f"{label} of the {tower} tower: {'; '.join(legend)}. Bands: 95 % interval."
+        yield Drawn(name, caption, tuple(files))
 
 
 def _markdown(runs: Sequence[Compared], title: str, banner: str, figures: Sequence[Drawn]) -> str:

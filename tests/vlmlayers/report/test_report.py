@@ -1373,6 +1373,9 @@ def test_every_table_beside_a_figure_names_model_and_weights(
         "validated": "toy.safetensors",
         "random (random)": "random",
     }
+    for tower, end in (("vision", ""), ("text", "-text")):
+        file = tmp_path / "both" / "figures" / f"runs-dataset-accuracy{end}.csv"
+        assert set(pd.read_csv(file)["tower"]) == {tower}
 
 
 def test_trained_outcomes_of_random_weights_are_marked(tmp_path: Path) -> None:
