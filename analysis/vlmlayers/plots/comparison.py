@@ -42,7 +42,7 @@ def run_curves(curves: pd.DataFrame, metric: str, ax: Axes | None = None) -> Axe
                 x, part["low"], part["high"], color=look["color"], alpha=0.15, linewidth=0
             )
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1, 1.1], ["Embed", "0.25", "0.5", "0.75", "1", "Proj"])
-        ax.set_xlabel("Relative depth")
+        ax.set_xlabel(f"Relative depth of the {curves['tower'].iloc[0]} tower")
         ax.set_ylabel(axis_label(metric))
         ax.legend(loc="best")
         return ax
