@@ -34,7 +34,17 @@ def _one_place(text: Any) -> Any:
     return text
 
 
-_CODE = re.compile(r"n\d{8}|\d+")  # an id of WordNet, or a number
+_NO_WORDS = {
+    "a code": (
+        re.compile(r"^(n\d{8}|\d+)$"),
+        "which says little to a text tower unless images show it; name them in words by "
+        "class_names, in the order of the codes",
+    ),
+    "words that run together": (
+        re.compile(r"[a-z][A-Z][a-z]"),
+        "which a tokenizer reads as one; part them by blanks or underscores, or by class_names",
+    ),
+}
 _SHOWN = 5  # groups of classes with one prompt that are named
 _WORDS = "holding '{}' exactly once and no other brace"
 # One type for both: `Takes` is read where calls are checked, the validator where documents are.
@@ -86,17 +96,16 @@ def alike(class_names: Iterable[str]) -> tuple[str, ...]:
 
 
 def remarks_on(class_names: Iterable[str]) -> tuple[str, ...]:
-    """Return remarks on classes that have one prompt, and on names that are codes.
+    """Return remarks on classes that have one prompt, and on names that are no words.
 
-    Folders of ImageNet and its parts are named by ids of WordNet, those of others by numbers.
+    Folders of ImageNet and its parts are named by ids of WordNet, those of others by numbers or,
+    as EuroSAT's, by words that run together. Told where most names are such.
     """
     names = list(class_names)
-    coded = [name for name in names if _CODE.fullmatch(name)]
-    if 2 * len(coded) <= len(names):
-        return alike(names)
-    return (
-        *alike(names),
-        f"{len(coded)} of {counted(len(names), 'class')} are named by a code, such as "
-        f"{coded[0]!r}, which says little to a text tower unless images show it; name them in "
-        "words by class_names, in the order of the codes",
-    )
+    found = list(alike(names))
+    for kind, (pattern, why) in _NO_WORDS.items():
+        such = [name for name in names if pattern.search(name)]
+        if 2 * len(such) > len(names):
+            count = f"{len(such)} of {counted(len(names), 'class')}"
+            found.append(f"{count} are named by {kind}, such as {such[0]!r}, {why}")
+    return tuple(found)

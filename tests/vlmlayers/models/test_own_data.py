@@ -235,6 +235,11 @@ def test_names_that_are_codes_are_told_where_prompts_are_made(tmp_path, caplog):
         vl.extract(MODEL, data, root=root, **QUIET)
         assert f"3 of 3{said}{first!r}" in caplog.text
         caplog.clear()
+    joined = [("AnnualCrop", "SeaLake", "Forest")[label] for label in LABELS]
+    vl.extract(MODEL, PIXELS, labels=joined, **QUIET)
+    assert (
+        "2 of 3 classes are named by words that run together, such as 'AnnualCrop'" in caplog.text
+    )
 
 
 def test_columns_that_are_taken_for_no_classes_are_named(caplog):
