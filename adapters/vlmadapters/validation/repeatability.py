@@ -430,7 +430,7 @@ def _statement(measured: dict[str, Any]) -> str:
         f"The ranking repeats in part: {explains}"
         if variance.low > 0
         else "That the ranking repeats is not shown, so no placement is shown to be best: "
-        f"{explains}" + (", which leaves 0 in" if high > 0 else "")
+        f"{explains}" + (", which may be none" if high > 0 else "")
     )
     return (
         f"{repeats_or_not}. Kendall's τ is {taus}; chance is 0. To see 1 point takes "
