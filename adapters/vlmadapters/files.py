@@ -198,10 +198,10 @@ def _tell_other_images(path: str | Path, info: CheckpointInfo, model: Any) -> No
     then, now = info.provenance.get("model", {}).get("preprocessing"), model.preprocessing
     if not then or not now:
         return
-    changed = [key for key in {**then, "makes": ""} if then.get(key) != now.get(key)]
+    as_stated = {"makes": "what it states"}  # where nothing was put in place of the model's own
+    then, now = as_stated | then, as_stated | now
+    changed = [key for key in then if then[key] != now.get(key)]
     if changed:
-        as_stated = {"makes": "what it states"}  # where nothing was put in place of the model's own
-        then, now = {**as_stated, **then}, {**as_stated, **now}
         told = ", ".join(f"{key} {then[key]} then and {now.get(key)} now" for key in changed)
         LOG.warning(
             "%s was trained on images prepared otherwise (%s); load the backbone with the same",

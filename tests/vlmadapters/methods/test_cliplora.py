@@ -11,7 +11,7 @@ import pytest
 import stepping
 import torch
 from backbones import shared_backbone, some_images
-from stepping import TASK, assert_same_step, first_step, step_of
+from stepping import TASK, assert_same_step, first_step, moved, step_of
 from torch.nn import functional as F
 
 from vlmadapters.clip.savings import Savings
@@ -190,9 +190,10 @@ def test_files_of_the_authors_are_read_by_the_names_of_their_positions() -> None
 
 
 def test_weights_alone_are_read_without_what_they_were_trained_by(tmp_path: Path) -> None:
-    path = tmp_path / "a.pt"
-    torch.save(built(CONFIGS[1])[0].official_state_dict(), path)
-    load_official(path, shared_backbone(), CONFIGS[1])
+    path, saved = tmp_path / "a.pt", moved(built(CONFIGS[1])[0], 0.1).official_state_dict()
+    torch.save(saved, path)
+    read = load_official(path, shared_backbone(), CONFIGS[1]).official_state_dict()
+    assert read.keys() == saved.keys() and all(torch.equal(read[key], saved[key]) for key in saved)
 
 
 def test_hooks_cannot_attach_it_and_export_can_merge_it() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import shared_backbone, some_images
-from stepping import TASK, assert_same_step, built, first_step
+from stepping import TASK, assert_same_step, built, first_step, moved
 from torch import Tensor
 
 from vlmadapters.clip.savings import Savings
@@ -117,7 +117,7 @@ def test_recipes_have_the_published_number_of_parameters(recipe: str, parameters
 
 
 def test_files_of_the_authors_may_hold_frozen_parts(tmp_path: Path) -> None:
-    model, (method, _) = shared_backbone(), built(CONFIGS[0])
+    model, method = shared_backbone(), moved(built(CONFIGS[0])[0], 0.1)
     theirs = save_official(tmp_path / "theirs.pth.tar", method)
     content = torch.load(theirs, weights_only=True)
     content["state_dict"] |= {
@@ -125,7 +125,8 @@ def test_files_of_the_authors_may_hold_frozen_parts(tmp_path: Path) -> None:
         "image_encoder.conv1.weight": torch.zeros(1),
     }
     torch.save(content, theirs)
-    load_official(theirs, model, method.config)
+    read = load_official(theirs, model, method.config).state_dict()
+    assert all(torch.equal(read[key], value) for key, value in method.state_dict().items())
 
 
 def test_bad_fits_are_one_line() -> None:
