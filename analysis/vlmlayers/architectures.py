@@ -209,11 +209,14 @@ def check_architecture(name: str) -> str:
             f"{name} is a file of weights, which goes beside its model: name the architecture or "
             f"the folder that it is of, and pretrained={name} (--pretrained {name})"
         )
-    if name not in known and ("/" in name or Path(name).expanduser().exists()):
+    # OpenAI's own name of it, ViT-B/16 or ViT-L/14@336px, looks like a path.
+    theirs = name.partition("@")[0].replace("/", "-") in known
+    if name not in known and not theirs and ("/" in name or Path(name).expanduser().exists()):
+        of_hub = f"{HUB}{name if name.count('/') == 1 else 'organisation/name'}"
         raise UserError(
             f"{name}{looked_for(name)} is not a folder with {CONFIG_FILE} (or {FOREIGN_CONFIG}) "
-            f"and model.safetensors; give such a folder, {HUB}organisation/name, or the name of an "
-            "open_clip architecture (`vlmlayers models` lists them)"
+            f"and model.safetensors; give such a folder, {of_hub} for a model of the hub, or the "
+            "name of an open_clip architecture (`vlmlayers models` lists them)"
         )
     return check_one_of("model", name, known)
 

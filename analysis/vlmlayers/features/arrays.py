@@ -462,7 +462,8 @@ def _own_tower(
     blocks = given[-1] if given else 0
     if given != list(range(1, blocks + 1)):
         raise UserError(f"{name} arrays have blocks {given}; they have to be 1 to L without gaps")
-    valid = tower_positions(blocks, "native")
+    # Where no block is named as one, "1" and so on are what is missing from the names.
+    valid = tower_positions(blocks or len(arrays), "native")
     checked = {}
     for position, values in arrays.items():
         check_one_of("position", position, valid, where=f"{name} arrays")

@@ -153,6 +153,8 @@ def load_model(
         random_weights,
         precision,
     )
+    if file is not None:
+        _tell_untrained(model)
     # A model as published computes; one that was changed may fail in its first pass only.
     if precision != "fp32" or size is not None:
         _refuse_impossible(model, size)
@@ -211,12 +213,11 @@ def wrap_model(
         random_weights,
         preprocess_config=found.settings,
     )
-    fresh = [tower for tower, found in model.towers.items() if untrained(found.blocks)]
-    if fresh and model.weights == "in memory":
+    if model.weights == "in memory" and (fresh := _fresh_towers(model)):
         LOG.warning(
             "%s counts as untrained: all norms in the blocks of its %s tower are as they were "
             "initialised; if it is trained, give wrap_model(…, weights='where from')",
-            model.name, " and its ".join(fresh),
+            model.name, fresh,
         )  # fmt: skip
         model.weights, model.random_weights = "random", True
     kinds = {kind: name for name, kind in WEIGHT_TYPES.items()}
@@ -263,8 +264,24 @@ def _load_folder(
         precision,
         preprocess_config=found.settings,
     )
+    if not random_weights:
+        _tell_untrained(model)
     _refuse_impossible(model, None)
     return model
+
+
+def _fresh_towers(model: VLM) -> str:
+    return " and its ".join(name for name, tower in model.towers.items() if untrained(tower.blocks))
+
+
+def _tell_untrained(model: VLM) -> None:
+    """Warn of a file of weights that was saved before training."""
+    if fresh := _fresh_towers(model):
+        LOG.warning(
+            "%s: all norms in the blocks of its %s tower are as they were initialised, so %s seems "
+            "to hold weights that nobody trained",
+            model.name, fresh, model.weights,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,22 @@ def test_a_model_that_nobody_trained_is_called_so_wherever_it_goes(kind, caplog)
         assert (told in caplog.text) is (left > 0)
 
 
+def test_a_file_of_weights_that_nobody_trained_is_told(tmp_path, caplog):
+    """As a checkpoint of step 0, or one that was saved before the weights were loaded."""
+    folder = transformers_models.clip_folder(tmp_path / "clip")
+    loaded = load_model(folder)
+    assert not loaded.random_weights
+    told = "of its vision and its text tower are as they were initialised, so model.safetensors"
+    assert told in caplog.text
+    for tower in loaded.towers.values():
+        norm = next(p for p in tower.blocks[1].modules() if isinstance(p, nn.LayerNorm))
+        norm.bias.data[0] = 0.01
+    loaded.clip.save_pretrained(folder)
+    caplog.clear()
+    load_model(folder)
+    assert "initialised" not in caplog.text
+
+
 def _compiled(module):
     return torch.compile(module)
 
