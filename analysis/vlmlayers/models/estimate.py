@@ -31,10 +31,10 @@ from vlmlayers.models.work import autocast, bytes_per_item
 from vlmlayers.positions import SPACES, TOKENS
 
 SAMPLE = 200  # items of a dataset that streaming keeps where nothing else is said
-ADDED = ["images", "hours", "store_gb", "stream_mb"]
+ADDED = ["images", "store_h", "store_gb", "stream_h", "stream_mb"]
 DECIMALS = {
-    "images": 0, "encode": 2, "decode": 2, "write": 3, "add": 3, "hours": 3, "store_gb": 3,
-    "stream_mb": 1,
+    "images": 0, "encode": 2, "decode": 2, "write": 3, "add": 3, "store_h": 3, "store_gb": 3,
+    "stream_h": 3, "stream_mb": 1,
 }  # fmt: skip
 _ENOUGH = 8_000_000  # bytes whose writing is timed
 
@@ -296,6 +296,7 @@ def estimate(
     path = None if out is None else Path(out).absolute()
     disk = path and next(one for one in (path, *path.parents) if one.exists())
     costs = [measure_costs(model, made, items, disk=disk, **options) for made, items in planned]
+    processes = [decoding_processes(workers, len(items), model.device) for _, items in planned]
     rows = [
         {
             "dataset": made.name if len(made.name) <= 18 else f"{made.name[:17]}…",
@@ -304,12 +305,12 @@ def estimate(
             "decode": 1e3 * one.decode,
             "write": 1e3 * one.write,
             "add": 1e3 * one.add,
-            "hours": one.seconds(len(items), decoding_processes(workers, len(items), model.device))
-            / 3600,
+            "store_h": one.seconds(len(items), decoding) / 3600,
             "store_gb": len(items) * one.bytes_per_image / 1e9,
+            "stream_h": one.seconds(len(items), decoding, streaming=True) / 3600,
             "stream_mb": one.stream_bytes / 1e6,
         }
-        for one, (made, items) in zip(costs, planned)
+        for one, (made, items), decoding in zip(costs, planned, processes)
     ]
     table = pd.DataFrame(rows)
     if len(rows) > 1:
@@ -318,7 +319,8 @@ def estimate(
     lines = [
         f"{model.name} in one process on {costs[0].device}, batches of {costs[0].batch_size}",
         f"{costs[0].bytes_per_image} bytes per image in a store; milliseconds per image to encode,",
-        "decode, write, and add to sums (--streaming, which keeps stream_mb in memory):\n",
+        "decode, write, and add to sums (--streaming, which keeps stream_mb in memory);",
+        "hours of a store and of streaming:\n",
         table.to_string(index=False, formatters=formats, na_rep=""),
     ]
     if disk is not None:

@@ -190,7 +190,7 @@ def test_what_is_foretold_is_what_known_work_takes(monkeypatch, tmp_path, captio
         text = estimate(
             model, [(manifest, items)], batch_size=8, captions=captions, out=tmp_path, **more
         )
-        names, row = text.splitlines()[4:6]
+        names, row = text.splitlines()[5:7]
         return dict(zip(names.split(), row.split()))
 
     told = columns(workers=0)
@@ -202,18 +202,19 @@ def test_what_is_foretold_is_what_known_work_takes(monkeypatch, tmp_path, captio
 
 
 def test_hours_and_gigabytes_are_those_of_all_images(monkeypatch):
-    costs = replace(COSTS, bytes_per_image=2_000_000, forward=3.6, decode=7.2)
+    costs = replace(COSTS, bytes_per_image=2_000_000, forward=3.6, decode=7.2, add=0.9)
     monkeypatch.setattr(module, "measure_costs", lambda *given, **options: costs)
-    for workers, hours in ((0, "6.000"), (4, "2.000")):
+    for workers, hours, streamed in ((0, "6.000", "6.500"), (4, "2.000", "2.500")):
         text = estimate(
             tiny.model(), [(tiny.DrawnManifest(name="a" * 19), range(2000))], workers=workers
         )
-        names, row = text.splitlines()[4:6]
+        names, row = text.splitlines()[5:7]
         told = dict(zip(names.split(), row.split()))
-        assert (told["hours"], told["store_gb"]) == (hours, "4.000")
+        assert (told["store_h"], told["store_gb"]) == (hours, "4.000")
+        assert told["stream_h"] == streamed
         assert told["dataset"] == "a" * 17 + "…" and "free on this disk" not in text
     whole = estimate(tiny.model(), [(tiny.DrawnManifest(name="a" * 18), [0])])
-    assert whole.splitlines()[5].split()[0] == "a" * 18
+    assert whole.splitlines()[6].split()[0] == "a" * 18
 
 
 def test_several_datasets_are_added_up():
