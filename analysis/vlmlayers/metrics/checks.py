@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from vlmlayers.arguments import Takes
 from vlmlayers.errors import UserError
@@ -249,9 +250,15 @@ def mean_of_pairs(sums: Array, weights: Array) -> Array:
     return ratio(sums - own, np.square(weights.sum(axis=1)) - own)
 
 
-def one_hot(labels: Labels) -> Array:
-    """Return the class indicator matrix, (item, class)."""
-    return np.eye(int(labels.max()) + 1)[labels]
+def class_sums(x: Array, labels: Labels, classes: int) -> Array:
+    """Return the sum of the rows of each class, (class, width).
+
+    As many additions as there are values: a product with indicators would take as many for every
+    class, and there may be a thousand.
+    """
+    n = len(labels)
+    member = csr_array((np.ones(n), labels, np.arange(n + 1)), shape=(n, classes))
+    return np.asarray(member.T @ x)
 
 
 def squared_distances(x: Array, y: Array | None = None) -> Array:

@@ -17,9 +17,9 @@ from vlmlayers.metrics.checks import (
     Labels,
     centred,
     class_ids,
+    class_sums,
     classes,
     nearest_shares,
-    one_hot,
     refuse_width,
     squared_distances,
     unit,
@@ -109,9 +109,8 @@ def silhouette_values(distances: Array, labels: Any) -> Array:
         UserError: One class.
     """
     y = classes(labels, len(distances))
-    member = one_hot(y)
-    counts = member.sum(axis=0)
-    sums = distances @ member  # (item, class)
+    counts = np.bincount(y)
+    sums = class_sums(distances, y, len(counts)).T  # (item, class): distances are symmetric
     rows = np.arange(len(y))
     # An item is not among the others of its class: its distance to itself adds nothing to the sum.
     own = sums[rows, y] / np.maximum(counts[y] - 1, 1)
@@ -226,7 +225,8 @@ def same_label_most(labels: Labels, *, k: int = 10) -> float:
 
 
 def _means(x: Array, y: Labels) -> Array:
-    return one_hot(y).T @ x / np.bincount(y)[:, None]
+    counts = np.bincount(y)
+    return class_sums(x, y, len(counts)) / counts[:, None]
 
 
 def _weighted_means(x: Array, y: Labels) -> Array:

@@ -16,9 +16,9 @@ from vlmlayers.metrics.checks import (
     Given,
     Labels,
     centred,
+    class_sums,
     classes,
     mean_of_pairs,
-    one_hot,
     ratio,
     squared_distances,
     unit,
@@ -158,9 +158,9 @@ def alignment_relabelled(x: Any, labels: Labels) -> Array:
     x = unit(x, smallest_n=2)
     values = []
     for y in labels:
-        member = one_hot(classes(y, len(x)))
-        size = member.sum(axis=0)
-        apart = 2.0 * (np.square(size).sum() - np.square(member.T @ x).sum())
+        y = classes(y, len(x))
+        size = np.bincount(y).astype(np.float64)
+        apart = 2.0 * (np.square(size).sum() - np.square(class_sums(x, y, len(size))).sum())
         values.append(ratio(apart, np.square(size).sum() - size.sum()))
     return np.array(values)
 

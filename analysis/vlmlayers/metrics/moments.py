@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import ROUNDING, Array, Labels, triangle
+from vlmlayers.metrics.checks import ROUNDING, Array, Labels, class_sums, triangle
 from vlmlayers.words import counted
 
 
@@ -142,10 +142,7 @@ class ClassMoments:
     def of(cls, x: Array, labels: Labels, classes: int) -> ClassMoments:
         """Return sizes and means of (item, width) rows."""
         counts = np.bincount(labels, minlength=classes).astype(np.float64)
-        sums = np.zeros((classes, x.shape[1]))
-        # Indexing with `+=` would count a class that comes several times once.
-        np.add.at(sums, labels, x)
-        return cls(counts, sums / np.maximum(counts, 1.0)[:, None])
+        return cls(counts, class_sums(x, labels, classes) / np.maximum(counts, 1.0)[:, None])
 
     def __add__(self, other: ClassMoments) -> ClassMoments:
         counts = self.counts + other.counts

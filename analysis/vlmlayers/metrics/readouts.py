@@ -21,6 +21,7 @@ from vlmlayers.metrics.checks import (
     Given,
     Labels,
     class_ids,
+    class_sums,
     matrix,
     nearest_shares,
     refuse_width,
@@ -189,7 +190,7 @@ def k_nearest(
     votes = nearest_shares(similarity, k)
     # What is added by cosine is too little to outvote anything and enough to break a tie.
     votes *= balanced_weights(fit_labels, classes) + 1e-9 * (1.0 + similarity)
-    ballots: Array = votes @ np.eye(classes)[fit_labels]
+    ballots = class_sums(votes.T, fit_labels, classes).T
     # Sums of equal votes differ by rounding, which must not pick one of the classes.
     most = ballots.max(axis=1, keepdims=True)
     return (ballots >= most * (1.0 - 4e-15)).argmax(axis=1)
@@ -205,7 +206,7 @@ def class_means(x: Array, labels: Labels, classes: int) -> Array:
     # A mean of nothing would lie at the centre, and be the nearest one to items there.
     if not counts.all():
         raise UserError(f"class {int(counts.argmin())} of {classes} has no item to take a mean of")
-    return np.eye(classes)[:, labels] @ x / counts[:, None]
+    return class_sums(x, labels, classes) / counts[:, None]
 
 
 def _rotate(fit: Array, others: list[Array]) -> tuple[Array, list[Array]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.metrics.checks import Array, Labels, class_sums
 
 STEPS = 200  # at most
 CONVERGED = 1e-4  # largest entry of the gradient at which a regression has
@@ -133,8 +133,8 @@ class _Problems:
             x[number, :n, : own.shape[1]] = own
             x[number, :n, -1] = 1.0
             weights[number, :n] = balanced_weights(own_labels, classes) / n
-            shares = np.eye(classes)[own_labels] * weights[number, :n, None]
-            target[number] = shares.T @ x[number, :n]
+            weighted = weights[number, :n, None] * x[number, :n]
+            target[number] = class_sums(weighted, own_labels, classes)
         sizes = np.array([len(own) for own in xs])
         penalty = np.repeat(1.0 / np.outer(sizes, c_grid).reshape(-1, 1, 1), width + 1, axis=2)
         penalty[:, :, -1] = 0.0

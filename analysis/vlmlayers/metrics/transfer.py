@@ -19,9 +19,9 @@ from vlmlayers.metrics.checks import (
     Given,
     Labels,
     class_ids,
+    class_sums,
     classes,
     matrix,
-    one_hot,
     refuse_width,
     varies,
 )
@@ -73,7 +73,8 @@ def within_scatter(x: Any, labels: Any) -> WithinScatter:
     """
     x = matrix(x, smallest_n=3)
     y = classes(labels, len(x))
-    means = one_hot(y).T @ x / np.bincount(y)[:, None]
+    counts = np.bincount(y)
+    means = class_sums(x, y, len(counts)) / counts[:, None]
     deviations = x - means[y]
     fourth = float(np.square(np.square(deviations).sum(axis=1)).sum())
     return WithinScatter(deviations.T @ deviations, len(x), fourth)

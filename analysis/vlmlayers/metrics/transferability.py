@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.arguments import checked
-from vlmlayers.metrics.checks import Array, Given, Labels, centred, classes, one_hot
+from vlmlayers.metrics.checks import Array, Given, Labels, centred, class_sums, classes
 
 DECADES = 0.25  # spacing of the grid of λ; the evidence is a sum of sigmoids of ln λ, each wider
+TOGETHER = 2_000_000  # squared projections whose evidence is maximised at once
 
 
 @checked
@@ -35,26 +36,37 @@ def logme_relabelled(x: Any, labels: Labels) -> Array:
     The spectrum of the features is computed once.
     """
     x = centred(x, smallest_n=3)
-    targets = [one_hot(classes(y, len(x))) for y in labels]
-    target = np.hstack(targets)
-    target -= target.mean(axis=0)
+    squared, left = _spectrum(x)
+    targets = [_projections(left, classes(y, len(x))) for y in labels]
+    projected, outside = (np.concatenate(of, axis=-1) for of in zip(*targets))
+    # In parts: a thousand classes under many labellings would take gigabytes.
+    parts = 1 + projected.size // TOGETHER
     # Centring takes one direction away from items and targets alike: n − 1 observations are left.
-    evidence = _evidence(*_spectrum(x, target), len(x) - 1)
-    ends = np.cumsum([t.shape[1] for t in targets])[:-1]
+    evidence = np.concatenate([
+        _evidence(squared, *some, len(x) - 1)
+        for some in zip(np.array_split(projected, parts, axis=1), np.array_split(outside, parts))
+    ])  # fmt: skip
+    ends = np.cumsum([len(own) for _, own in targets])[:-1]
     return np.array([part.mean() for part in np.split(evidence, ends)])
 
 
-def _spectrum(x: Array, target: Array) -> tuple[Array, Array, Array]:
-    """Return squared singular values (r,), squared projections (r, C) and what is left (C,)."""
+def _spectrum(x: Array) -> tuple[Array, Array]:
+    """Return squared singular values, ascending (r,), and left singular vectors (item, r)."""
     small = x @ x.T if len(x) <= x.shape[1] else x.T @ x
     values, vectors = _eigen(small)
     keep = values > 1e-10 * values[-1]
     values, vectors = values[keep], vectors[:, keep]
-    left = vectors if len(x) <= x.shape[1] else x @ vectors / np.sqrt(values)
-    projected = np.square(left.T @ target)
+    return values, vectors if len(x) <= x.shape[1] else x @ vectors / np.sqrt(values)
+
+
+def _projections(left: Array, y: Labels) -> tuple[Array, Array]:
+    """Return squared projections of the centred class indicators (r, C), and what is left (C,)."""
+    counts = np.bincount(y)
+    shares = counts / len(y)
+    sums = class_sums(left, y, len(counts)) - np.outer(shares, left.sum(axis=0))
+    projected = np.square(sums).T
     # Rounding can take a target that lies in the span below zero, where ln Q does not exist.
-    outside = np.maximum(np.square(target).sum(axis=0) - projected.sum(axis=0), 1e-12)
-    return values, projected, outside
+    return projected, np.maximum(counts * (1.0 - shares) - projected.sum(axis=0), 1e-12)
 
 
 def _eigen(matrix: Array) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.agreement import calibrated
-from vlmlayers.metrics.checks import Array, Labels
+from vlmlayers.metrics.checks import Array, Labels, class_sums
 from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import jackknife_groups, jackknife_interval
 from vlmlayers.metrics.table import METRICS, Metric
@@ -166,9 +166,7 @@ def _side(
     def together(x: Array) -> Array:
         if len(number) == len(of):
             return x
-        means = np.zeros((len(number), x.shape[1]))
-        np.add.at(means, place, x)
-        return means / np.bincount(place)[:, None]
+        return class_sums(x, place, len(number)) / np.bincount(place)[:, None]
 
     arrays = {
         position: together(
@@ -218,12 +216,10 @@ def _aligned(
     common = common[some(len(common))]
     kept = np.flatnonzero(np.isin(features.labels, common))
     number = np.searchsorted(common, features.labels[kept])
-    # Means of classes: a class prompt has no image of its own to be paired with.
-    means = np.eye(len(common))[number].T
 
     def mean_of_classes(x: Array) -> Array:
-        sums: Array = means @ _some(x, kept)
-        return sums / np.bincount(number)[:, None]
+        """Return means of classes: a class prompt has no image of its own to be paired with."""
+        return class_sums(_some(x, kept), number, len(common)) / np.bincount(number)[:, None]
 
     return _Rows(_class_keys(member, common), mean_of_classes)
 
