@@ -1,6 +1,6 @@
-"""What metrics cost: layer × layer CKA, the suite, one position or all, n, width, streams, tables.
+"""What metrics cost: CKA of all layers, the suite, positions, n, width, classes, streams, tables.
 
-    python benchmarks/metrics.py [cka] [suite] [positions] [growth] [stream] [tables]
+    python benchmarks/metrics.py [cka] [suite] [positions] [growth] [classes] [stream] [tables]
 
 Tables go to benchmarks/results/metrics_*.csv with machine, versions and load. Each case runs in a
 process of its own, so that its peak memory is its own.
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from common import RESULTS, machine, write_table
 
 TEST_HELPERS = Path(__file__).parents[1] / "tests" / "vlmlayers"
 LAYERS, WIDTHS = 12, (768, 512)
 SIZES = (1_000, 4_000, 50_000)
 FIXED_N, FIXED_WIDTH = 400, 256
+CLASSES, CLASS_ITEMS = (10, 100, 1_000), 10_000
 TABLE_METRICS = (
     "dataset_accuracy", "class_accuracy", "fisher_ratio", "cka_debiased", "effective_rank",
 )  # fmt: skip
@@ -162,6 +164,23 @@ def case_positions() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def case_classes(classes: int) -> list[dict[str, Any]]:
+    """Time the suite on one dataset of many items, as the number of its classes grows."""
+    sys.path.insert(0, str(TEST_HELPERS))
+    from synthetic import many
+
+    from vlmlayers.scores import score, score_cost
+
+    features = many(1, items=CLASS_ITEMS, classes=classes, blocks=1, widths=(512, 512, 512))
+    start = time.process_time()
+    table = score(features, jobs=1, positions=["1"])
+    total = {"metric": "(all)", "seconds": time.process_time() - start, "rows": len(table)}
+    cost = pd.concat([pd.DataFrame([total]), score_cost(table)]).round(2)
+    shape = {"classes": classes, "items": CLASS_ITEMS, "width": 512, "position": "1"}
+    rows: list[dict[Any, Any]] = cost.to_dict("records")
+    return [{**shape, **row, "peak_mib": round(peak_mib())} for row in rows]
 
 
 def case_growth() -> list[dict[str, Any]]:
@@ -389,6 +408,7 @@ RUNS: dict[str, Callable[[], None]] = {
     "suite": lambda: write("suite", [row for n in (1, 2) for row in alone("suite", str(n))]),
     "positions": lambda: write("positions", alone("positions")),
     "growth": run_growth,
+    "classes": lambda: write("classes", [row for n in CLASSES for row in alone("classes", str(n))]),
     "tables": run_tables,
     "stream": lambda: write(
         "stream", [alone("stream", str(n)) for n in (10_000, 100_000, 1_000_000)]
@@ -404,6 +424,7 @@ def main(arguments: list[str]) -> int:
             "suite": lambda jobs: case_suite(int(jobs)),
             "positions": case_positions,
             "growth": case_growth,
+            "classes": lambda classes: case_classes(int(classes)),
             "tables": case_tables,
             "stream": lambda n: case_stream(int(n)),
         }

@@ -12,7 +12,7 @@ from vlmlayers.arguments import Natural, Takes, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import FIXED, Array, Given, Labels, row_pairs, unit
 from vlmlayers.metrics.gap import auc
-from vlmlayers.metrics.readouts import logistic_logits
+from vlmlayers.metrics.readouts import SIDE_BY_SIDE, logistic_logits
 
 
 @checked
@@ -72,17 +72,21 @@ def _aucs(
     dims: int,
 ) -> Array:
     """Return the AUC of each fold by fits without some folds, (fold, the other fold or itself)."""
-    fits = []
-    for folds in absent:
-        out_x, out_y = np.isin(fold_x, folds), np.isin(fold_y, folds)
-        fit = np.vstack([x[~out_x], y[~out_y]])
-        labels = np.repeat([0, 1], [int((~out_x).sum()), int((~out_y).sum())])
-        held = [np.vstack([x[fold_x == fold], y[fold_y == fold]]) for fold in folds]
-        if dims:
-            fit, held = _principal(fit, held, dims)
-        fits.append((fit, labels, held))
-    # One C: choosing it would need one more split, and an AUC reads only the order of the scores.
-    found = logistic_logits(fits, classes=2, c_grid=(1.0,))
+    # As many at once as are fitted side by side: each holds most of the rows of both modalities.
+    together = max(1, SIDE_BY_SIDE // (2 * (x.size + y.size)))
+    found: list[list[Array]] = []
+    for start in range(0, len(absent), together):
+        fits = []
+        for folds in absent[start : start + together]:
+            out_x, out_y = np.isin(fold_x, folds), np.isin(fold_y, folds)
+            fit = np.vstack([x[~out_x], y[~out_y]])
+            labels = np.repeat([0, 1], [int((~out_x).sum()), int((~out_y).sum())])
+            held = [np.vstack([x[fold_x == fold], y[fold_y == fold]]) for fold in folds]
+            if dims:
+                fit, held = _principal(fit, held, dims)
+            fits.append((fit, labels, held))
+        # One C: choosing it would need one more split, and an AUC reads only the order of scores.
+        found += logistic_logits(fits, classes=2, c_grid=(1.0,))
     count = int(fold_x.max()) + 1
     of_fold = np.zeros((count, count))
     for folds, parts in zip(absent, found):
