@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import numpy as np
+import scipy
 
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError
@@ -207,9 +208,10 @@ def twonn(x: Given, *, discard: Annotated[float, Takes(least=0, most=0.9)] = 0.1
 
 
 def uniformity_null(n: int, width: int) -> float:
-    """Return uniformity of directions drawn evenly, −4 + 8/width to second order."""
-    # ‖x − y‖² = 2 − 2 cos, and cos has variance 1/width, so that log E exp(4 cos) ≈ 8/width.
-    return -4.0 + 8.0 / width
+    """Return uniformity of directions drawn evenly, −4 + log ₀F₁(width/2; 4) ≈ −4 + 8/width."""
+    # ‖x − y‖² = 2 − 2 cos, and E exp(κ cos) = ₀F₁(width/2; κ²/4). Of few columns 8/width is far too
+    # large: of one or two it led out of what uniformity can be.
+    return -4.0 + float(np.log(scipy.special.hyp0f1(width / 2.0, 4.0)))
 
 
 def centred_null(n: int, width: int) -> float:

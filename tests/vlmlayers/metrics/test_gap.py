@@ -327,9 +327,10 @@ def test_weights_of_geometry_skip_an_item_with_itself() -> None:
     )
 
 
-def test_uniform_directions_land_at_the_null() -> None:
-    x = np.random.default_rng(9).normal(size=(400, 100))
-    assert uniformity(x) == pytest.approx(uniformity_null(400, 100), abs=0.02)
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 100])
+def test_uniform_directions_land_at_the_null(width: int) -> None:
+    x = np.random.default_rng(9).normal(size=(800, width))
+    assert uniformity(x) == pytest.approx(uniformity_null(800, width), abs=0.02)
 
 
 @pytest.mark.parametrize("dimension", [2, 5])
