@@ -88,6 +88,7 @@ PUBLISHED = {
     ("lweib", "published", ""): (0.28, 25, 16, 0),
     ("lweib", "transfer", ""): (0.15, 10, 128, 0),
     ("clipadapter", "published", ""): (0.002, 200, 32, 1),
+    ("clipadapter", "published", "imagenet"): (0.002, 50, 32, 1),  # by CoOp's commands for it
 }
 
 
