@@ -18,6 +18,12 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def between(start: str, end: str) -> str:
+    """Return what the README says from some words on up to others, in one line."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    return text[text.index(start) : text.index(end)]
+
+
 def assert_quoted(quoted: str, *recorded: float) -> None:
     """Assert that the numbers in a quotation are recorded ones, rounded to the digits it has."""
     numbers = re.findall(r"\d[\d,]*(?:\.\d+)?", quoted)
@@ -92,9 +98,23 @@ def test_the_page_of_methods_quotes_their_speed() -> None:
             assert_quoted(cached, taken[method, "cached"])
 
 
+def test_the_readme_quotes_training_on_a_gpu() -> None:
+    said = between("in half precision MMA's step", "; 80 was the goal")
+    table = pd.read_csv(RESULTS / "training_cuda.csv").query("side == 'ours, recorded'")
+    half, single = table.query("precision != 'fp32'"), table.query("precision == 'fp32'")
+    session = pd.read_csv(RESULTS / "gpu_session_cuda.csv").set_index("what")["value"]
+    quoted = re.findall(r"[\d.]+ to [\d.]+ times|between \d+ and \d+|\d+ %", said)
+    found = [half["ratio"].min(), half["ratio"].max(), half["ratio_low"].min(),
+             half["ratio_high"].max(), single["ratio"].min(), single["ratio"].max()]  # fmt: skip
+    found += [
+        float(session[f"base to novel, 12 cells, {way}, GPU busy, %"])
+        for way in ("as published", "likewise, 3 processes")
+    ]
+    assert_quoted(" ".join(quoted), *found)
+
+
 def test_the_readme_quotes_how_often_intervals_hold_the_truth() -> None:
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    said = text[text.index("On 100 [simulated samples]") : text.index(", of few prompts 100.")]
+    said = between("On 100 [simulated samples]", ", of few prompts 100.")
     table = pd.read_csv(RESULTS / "interval_coverage.csv")
     one, joined, streamed = (
         table[table["how"].str.startswith(how)] for how in ("rows of one", "joined", "streamed")
