@@ -32,7 +32,7 @@ from vlmlayers.metrics.regression import balanced_weights, log_sum_exp, solve
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NORMALISE = ("columns", "rows", "none")
-SIDE_BY_SIDE = 1_000_000  # Numbers in the products of regressions that are fitted side by side.
+SIDE_BY_SIDE = 1_000_000  # Numbers in the products of what is fitted or compared side by side.
 Part = tuple[Array, Labels, Array, Labels, Array]  # as the arguments of a read-out
 
 
@@ -186,10 +186,22 @@ def k_nearest(
     scaled, x = normalised(fit, x, how=normalise)
     # With more neighbours than the smallest class has items, others would always outvote it.
     k = min(k, int(np.unique(fit_labels, return_counts=True)[1].min()))
-    similarity = unit_rows(x) @ unit_rows(scaled).T
+    x, fitted = unit_rows(x), unit_rows(scaled).T
+    weights = balanced_weights(fit_labels, classes)
+    # In parts: the cosines of all with all would be the square of what the features take.
+    parts = np.array_split(x, 1 + len(x) * len(scaled) // SIDE_BY_SIDE)
+    return np.concatenate(
+        [_outvoting(part @ fitted, fit_labels, weights, k, classes) for part in parts]
+    )
+
+
+def _outvoting(
+    similarity: Array, fit_labels: Labels, weights: Array, k: int, classes: int
+) -> Labels:
+    """Return the class that wins the votes of the k most similar, of each row."""
     votes = nearest_shares(similarity, k)
     # What is added by cosine is too little to outvote anything and enough to break a tie.
-    votes *= balanced_weights(fit_labels, classes) + 1e-9 * (1.0 + similarity)
+    votes *= weights + 1e-9 * (1.0 + similarity)
     ballots = class_sums(votes.T, fit_labels, classes).T
     # Sums of equal votes differ by rounding, which must not pick one of the classes.
     most = ballots.max(axis=1, keepdims=True)

@@ -24,8 +24,11 @@ from vlmlayers.metrics import (
     nearest_mean,
     neighbourhood_overlap,
     normalised_accuracy,
+    readouts,
+    separability,
     silhouette,
     transfer_predict,
+    transferability,
     zero_shot_accuracy,
 )
 from vlmlayers.metrics.class_level import (
@@ -42,7 +45,9 @@ from vlmlayers.metrics.readouts import (
     normalised,
 )
 from vlmlayers.metrics.regression import balanced_weights
+from vlmlayers.metrics.separability import modality_auc_left_out
 from vlmlayers.metrics.transfer import discriminant, within_scatter
+from vlmlayers.metrics.transferability import logme_relabelled
 
 LABELLED = [fisher_ratio, lda_criterion, silhouette, h_score, logme, neighbourhood_overlap]
 
@@ -91,6 +96,26 @@ def test_read_outs_predict_as_scikit_learn_does() -> None:
         solver="lsqr", covariance_estimator=_Within(within_scatter(x, y))
     ).fit(x, y)
     assert (discriminant(x, y, x, y, other, classes=5) == shrunk.predict(other)).all()
+
+
+def test_what_is_computed_in_parts_is_as_from_the_whole(monkeypatch) -> None:
+    """Of 50,000 items, or of a thousand classes, not all fits into memory at once."""
+    x, y = planted(gap=0.8)
+    other, _ = planted(gap=0.8, seed=1)
+    shuffled = np.stack([y, np.roll(y, 3), y[::-1]])
+
+    def found() -> tuple[np.ndarray, ...]:
+        votes = k_nearest(x, y, x, y, other, classes=5, k=3)
+        return votes, logme_relabelled(x, shuffled), modality_auc_left_out(x, other + 0.3, None)
+
+    whole = found()
+    for module, name in (
+        (readouts, "SIDE_BY_SIDE"), (separability, "SIDE_BY_SIDE"), (transferability, "TOGETHER"),
+    ):  # fmt: skip
+        assert getattr(module, name) > 1000 * len(x)
+        monkeypatch.setattr(module, name, 3 * len(x))
+    for one, of_parts in zip(whole, found()):
+        assert of_parts == pytest.approx(one, rel=1e-9)
 
 
 def test_the_order_of_items_that_tie_decides_no_vote() -> None:
