@@ -227,7 +227,7 @@ def _pictured(name: str, data: Any) -> Manifest:
     except UserError:
         raise UserError(
             f"no images are known of {name!r}, which the features name; give data: the dataset's "
-            "Manifest or path, or images by id"
+            "Manifest or path, or images by id (explore draws points alone with thumbnail=False)"
         ) from None
 
 
