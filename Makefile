@@ -66,9 +66,11 @@ gpu: setup ## On a GPU: its tests, benchmarks and a small run in eight minutes, 
 
 peers: setup ## The same work by other libraries, in environments of their own
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	$(BIN)/uv pip install --quiet --python .venv-peers/bin/python -r benchmarks/peers.txt
+	$(BIN)/uv pip install --quiet --python .venv-peers/bin/python -c constraints.txt -r benchmarks/peers.txt
 	test -x .venv-thingsvision/bin/python || $(PYTHON) -m venv .venv-thingsvision
-	$(BIN)/uv pip install --quiet --python .venv-thingsvision/bin/python -r benchmarks/peers_thingsvision.txt
+	$(BIN)/uv pip freeze --python $(BIN)/python | grep -E '^torch(vision)?==' > .venv-thingsvision/torch.txt
+	$(BIN)/uv pip install --quiet --python .venv-thingsvision/bin/python \
+		--override .venv-thingsvision/torch.txt -r benchmarks/peers_thingsvision.txt
 	$(RUN) benchmarks/peers.py
 
 mini-clip: setup ## Train a miniature CLIP again (resumable; hours on a CPU, minutes on a GPU)

@@ -168,7 +168,8 @@ def side(name: str, package: str) -> dict[str, Any]:
     work()
     start = time.process_time()
     work()
-    return {"seconds": time.process_time() - start, "version": version(package)}
+    seconds = time.process_time() - start
+    return {"seconds": seconds, "version": version(package), "torch": version("torch")}
 
 
 def alone(python: Path, name: str, package: str) -> dict[str, Any]:
@@ -198,13 +199,15 @@ def compare(name: str) -> dict[str, Any]:
             theirs if "failed" in theirs else alone(Path(sys.executable), peer.ours, "vlm-layers")
         )
         if "failed" in mine:
-            return {**row, "version": "", "faster": "", "seconds": "", "note": mine["failed"]}
+            left = dict.fromkeys(("version", "their_torch", "faster", "seconds"), "")
+            return {**row, **left, "note": mine["failed"]}
         ratios.append(theirs["seconds"] / mine["seconds"])
         seconds.append(mine["seconds"])
     faster = round(statistics.median(ratios), 2)
     return {
         **row,
         "version": theirs["version"],
+        "their_torch": theirs["torch"],
         "faster": faster,
         "faster_low": round(min(ratios), 2),
         "faster_high": round(max(ratios), 2),
