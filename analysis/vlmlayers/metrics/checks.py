@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,6 +23,8 @@ FIXED = 0
 SAME = 1e-6
 # Equal cosines, and shares of a kernel's norm of which nothing is left, differ by less in float64.
 ROUNDING = 1e-12
+# Numbers, in what is fitted or compared side by side, that are held at once.
+AT_ONCE = 1_000_000
 # Beyond it, and below its inverse, sums of fourth powers are infinite or nothing in float64.
 LARGEST = 1e70
 
@@ -248,6 +251,13 @@ def mean_of_pairs(sums: Array, weights: Array) -> Array:
     """
     own = np.square(weights).sum(axis=1)
     return ratio(sums - own, np.square(weights.sum(axis=1)) - own)
+
+
+def parts(count: int, each: int) -> list[slice]:
+    """Return slices of so many things, each of so many numbers, which are then held at once."""
+    number = min(-(-count * each // AT_ONCE), count)
+    ends = np.linspace(0, count, max(number, 1) + 1).astype(int).tolist()
+    return [slice(*both) for both in pairwise(ends)]
 
 
 def class_sums(x: Array, labels: Labels, classes: int) -> Array:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
@@ -17,6 +19,7 @@ from vlmlayers.metrics.checks import (
     Array,
     Given,
     Labels,
+    parts,
     row_pairs,
     triangle,
     unit,
@@ -131,6 +134,15 @@ def auc(scores_x: Array, scores_y: Array) -> float:
     return float((below + to).mean() / (2 * len(order)))
 
 
+def _ranks(similarity: Array, match: NDArray[np.bool_]) -> Labels:
+    """Return how many candidates rank above the best match, level with it, and so match: (3, x)."""
+    # Equal cosines differ by rounding, which must not decide between them: hence the margin.
+    best = np.where(match, similarity, -np.inf).max(axis=1, keepdims=True)
+    above = (similarity > best + 1e-12) & ~match
+    level = np.abs(similarity - best) <= 1e-12
+    return np.stack([kind.sum(axis=1) for kind in (above, level, level & match)])
+
+
 def retrieval_hits(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> Array:
     """Return for each row of x that has a match whether one is among its k nearest of y, 0 or 1.
 
@@ -138,20 +150,15 @@ def retrieval_hits(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> Array:
     and not like the row order.
     """
     x, y, pairs = _inputs(x, y, pairs)
-    similarity = x @ y.T
-    match = np.zeros(similarity.shape, dtype=bool)
-    match[pairs[:, 0], pairs[:, 1]] = True
     # A query without a match could only ever miss.
-    asked = match.any(axis=1)
-    similarity, match = similarity[asked], match[asked]
-    # Equal cosines differ by rounding, which must not decide between them: hence the margin.
-    best = np.where(match, similarity, -np.inf).max(axis=1, keepdims=True)
-    above = ((similarity > best + 1e-12) & ~match).sum(axis=1)
-    level = np.abs(similarity - best) <= 1e-12
-    tied, right = level.sum(axis=1), (level & match).sum(axis=1)
+    asked, row = np.unique(pairs[:, 0], return_inverse=True)
+    shape = len(asked), len(y)
+    match = csr_array((np.ones(len(row), dtype=bool), (row, pairs[:, 1])), shape=shape)
+    ranks = [_ranks(x[asked[part]] @ y.T, match[part].toarray()) for part in parts(*shape)]
+    above, tied, right = np.concatenate(ranks, axis=1)
     places = np.clip(k - above, 0, tied)  # that the tied candidates share
     missed = np.ones(len(places))
-    for place in range(min(k, similarity.shape[1])):
+    for place in range(min(k, len(y))):
         left = np.maximum(tied - right - place, 0) / np.maximum(tied - place, 1)
         missed *= np.where(place < places, left, 1.0)
     return 1.0 - missed

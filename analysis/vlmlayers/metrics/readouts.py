@@ -24,6 +24,7 @@ from vlmlayers.metrics.checks import (
     class_sums,
     matrix,
     nearest_shares,
+    parts,
     refuse_width,
     squared_distances,
     unit_rows,
@@ -32,7 +33,6 @@ from vlmlayers.metrics.regression import balanced_weights, log_sum_exp, solve
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NORMALISE = ("columns", "rows", "none")
-SIDE_BY_SIDE = 1_000_000  # Numbers in the products of what is fitted or compared side by side.
 Part = tuple[Array, Labels, Array, Labels, Array]  # as the arguments of a read-out
 
 
@@ -129,10 +129,8 @@ def logistic_logits(
         rest.append(others)
     found = []
     largest = max(1, *(x.size for x in scaled))  # a constant position has no columns left
-    # All problems of a batch hold their padded products at once: this bounds the memory.
-    batches = -(-len(fits) * largest * len(c_grid) * classes // SIDE_BY_SIDE)
-    ends = np.linspace(0, len(fits), min(batches, len(fits)) + 1).astype(int).tolist()
-    for batch in map(slice, ends, ends[1:]):
+    # All problems of a batch hold their padded products at once.
+    for batch in parts(len(fits), largest * len(c_grid) * classes):
         labels = [labels for _, labels, _ in fits[batch]]
         solutions = solve(scaled[batch], labels, classes, np.asarray(c_grid))
         for others, (weights, intercepts) in zip(rest[batch], solutions):
@@ -188,11 +186,10 @@ def k_nearest(
     k = min(k, int(np.unique(fit_labels, return_counts=True)[1].min()))
     x, fitted = unit_rows(x), unit_rows(scaled).T
     weights = balanced_weights(fit_labels, classes)
-    # In parts: the cosines of all with all would be the square of what the features take.
-    parts = np.array_split(x, 1 + len(x) * len(scaled) // SIDE_BY_SIDE)
-    return np.concatenate(
-        [_outvoting(part @ fitted, fit_labels, weights, k, classes) for part in parts]
-    )
+    return np.concatenate([
+        _outvoting(x[part] @ fitted, fit_labels, weights, k, classes)
+        for part in parts(len(x), len(scaled))
+    ])  # fmt: skip
 
 
 def _outvoting(

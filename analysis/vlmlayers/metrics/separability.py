@@ -10,9 +10,9 @@ import numpy as np
 
 from vlmlayers.arguments import Natural, Takes, checked
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import FIXED, Array, Given, Labels, row_pairs, unit
+from vlmlayers.metrics.checks import FIXED, Array, Given, Labels, parts, row_pairs, unit
 from vlmlayers.metrics.gap import auc
-from vlmlayers.metrics.readouts import SIDE_BY_SIDE, logistic_logits
+from vlmlayers.metrics.readouts import logistic_logits
 
 
 @checked
@@ -72,12 +72,11 @@ def _aucs(
     dims: int,
 ) -> Array:
     """Return the AUC of each fold by fits without some folds, (fold, the other fold or itself)."""
-    # As many at once as are fitted side by side: each holds most of the rows of both modalities.
-    together = max(1, SIDE_BY_SIDE // (2 * (x.size + y.size)))
     found: list[list[Array]] = []
-    for start in range(0, len(absent), together):
+    # Each fit holds most of the rows of both modalities.
+    for part in parts(len(absent), 2 * (x.size + y.size)):
         fits = []
-        for folds in absent[start : start + together]:
+        for folds in absent[part]:
             out_x, out_y = np.isin(fold_x, folds), np.isin(fold_y, folds)
             fit = np.vstack([x[~out_x], y[~out_y]])
             labels = np.repeat([0, 1], [int((~out_x).sum()), int((~out_y).sum())])
@@ -89,8 +88,8 @@ def _aucs(
         found += logistic_logits(fits, classes=2, c_grid=(1.0,))
     count = int(fold_x.max()) + 1
     of_fold = np.zeros((count, count))
-    for folds, parts in zip(absent, found):
-        for fold, other, [logits] in zip(folds, folds[::-1], parts):
+    for folds, held_out in zip(absent, found):
+        for fold, other, [logits] in zip(folds, folds[::-1], held_out):
             # Scores of different fits have different scales: AUC within the fold, then the mean.
             images, texts = np.split(logits[:, 0] - logits[:, 1], [int((fold_x == fold).sum())])
             of_fold[fold, other] = auc(images, texts)

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.arguments import checked
-from vlmlayers.metrics.checks import Array, Given, Labels, centred, class_sums, classes
+from vlmlayers.metrics.checks import Array, Given, Labels, centred, class_sums, classes, parts
 
 DECADES = 0.25  # spacing of the grid of λ; the evidence is a sum of sigmoids of ln λ, each wider
-TOGETHER = 2_000_000  # squared projections whose evidence is maximised at once
 
 
 @checked
@@ -39,12 +38,10 @@ def logme_relabelled(x: Any, labels: Labels) -> Array:
     squared, left = _spectrum(x)
     targets = [_projections(left, classes(y, len(x))) for y in labels]
     projected, outside = (np.concatenate(of, axis=-1) for of in zip(*targets))
-    # In parts: a thousand classes under many labellings would take gigabytes.
-    parts = 1 + projected.size // TOGETHER
     # Centring takes one direction away from items and targets alike: n − 1 observations are left.
     evidence = np.concatenate([
-        _evidence(squared, *some, len(x) - 1)
-        for some in zip(np.array_split(projected, parts, axis=1), np.array_split(outside, parts))
+        _evidence(squared, projected[:, part], outside[part], len(x) - 1)
+        for part in parts(len(outside), len(squared))
     ])  # fmt: skip
     ends = np.cumsum([len(own) for _, own in targets])[:-1]
     return np.array([part.mean() for part in np.split(evidence, ends)])

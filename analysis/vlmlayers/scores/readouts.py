@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.metrics.checks import SAME, Array, Labels, ratio
+from vlmlayers.metrics.checks import AT_ONCE, SAME, Array, Labels, ratio
 from vlmlayers.metrics.dataset_level import confusion
 from vlmlayers.metrics.intervals import (
     bootstrap_weights,
@@ -19,7 +19,6 @@ from vlmlayers.metrics.intervals import (
     percentile,
     wilson,
 )
-from vlmlayers.metrics.readouts import SIDE_BY_SIDE
 from vlmlayers.metrics.table import METRICS
 from vlmlayers.positions import TOWERS
 from vlmlayers.prompts import spelled
@@ -344,7 +343,7 @@ def held_out_predictions(
     while points:
         together = (
             # As many places as keep the products of all their regressions small.
-            max(1, SIDE_BY_SIDE // (fits * points[0].width)) if points[0].metric.of_parts else 1
+            max(1, AT_ONCE // (fits * points[0].width)) if points[0].metric.of_parts else 1
         )
         batch, points = points[:together], points[together:]
         try:
