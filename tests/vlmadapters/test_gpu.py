@@ -135,19 +135,6 @@ def test_tf32_trains_close_to_single_precision() -> None:
     np.testing.assert_allclose(tf32, single, rtol=0.02)
 
 
-def test_a_step_does_not_wait_for_the_gpu() -> None:
-    """Torch itself refuses what would wait."""
-    made = trainer(model_on("cuda"), replace(TRAIN, precision="fp16", cuda_graph=False))
-    batches = made.batches(0)
-    made.update(batches[0])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        made.update(batches[1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(len(run.unread) == 2 for run in made.runs)  # taken, and not read yet
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_stopped_training_goes_on_where_it_was(precision: str, tmp_path: Path) -> None:
     model = model_on("cuda")
@@ -175,6 +162,27 @@ def small_recipe(method: str) -> Any:
     recipe = recipe.replaced(short, {})  # methods that are fitted do not read all of it
     config = type(recipe.method).published({"vision": 3, "text": 3}, **recipe.method.settings())
     return replace(recipe, method=config)
+
+
+@pytest.mark.parametrize("method", sorted(set(va.METHODS) - {"zero-shot", "tip", "linear-probe"}))
+def test_a_step_does_not_wait_for_the_gpu(method: str) -> None:
+    """Torch itself refuses what would wait."""
+    recipe = small_recipe(method)
+    train = replace(recipe.train, precision="fp16", cuda_graph=False)
+    made = trainer(model_on("cuda"), train, configs=[recipe.method])
+    batches = made.batches(0)
+    (run,) = made.runs
+    run.method.train()
+    made.update(batches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in (1, 2, 3, 4):  # of the draws of some not every step makes use
+            made.step = step
+            made.update(batches[step % len(batches)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    updates = sum(map(len, run.unread))
+    assert updates == 5 * recipe.train.updates_per_batch  # taken, and not read yet
 
 
 FIXED = sorted(name for name, method in va.METHODS.items() if not method.varies)

@@ -243,8 +243,13 @@ def test_processes_speak_for_tensors_on_either_device_and_use_their_own_gpu(
     monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(processes.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with processes.process_group():
         assert asked == [torch.device("cuda:1"), "cpu:gloo,cuda:nccl"]
+    asked.clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # with --device cpu
+    with processes.process_group():
+        assert asked == ["gloo"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

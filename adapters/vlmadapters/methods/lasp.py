@@ -35,6 +35,7 @@ from vlmadapters.methods.context import (
 from vlmadapters.methods.coop import LearnedContext
 from vlmadapters.methods.official import check_keys, check_settings, is_prompt
 from vlmlayers.errors import UserError
+from vlmlayers.models.devices import placed
 
 # The authors' hand-made prompts; one of them stands there twice.
 TEMPLATES = (
@@ -217,7 +218,9 @@ class LASP(LearnedContext):
             drawn = torch.randn(references.shape, generator=step.generator)
         else:
             drawn = None
-        return references if drawn is None else references + NOISE * drawn.to(references)
+        if drawn is None:
+            return references
+        return references + NOISE * placed(drawn, references.device).to(references.dtype)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups: norms at a tenth of the rate, and the rest."""

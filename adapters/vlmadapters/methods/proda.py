@@ -29,6 +29,7 @@ from vlmadapters.methods.context import (
     some_prompts,
 )
 from vlmadapters.methods.coop import LearnedContext
+from vlmlayers.models.devices import placed
 
 PASSES = 0x9D  # key of the order in which a pass takes the prompts
 
@@ -115,9 +116,8 @@ class ProDA(LearnedContext):
         classes = torch.arange(texts.classes)
         rows = (self.places[numbers][:, None] * texts.classes + classes).flatten()
         which = numbers.repeat_interleave(texts.classes)
-        found = self._features(
-            backbone, some_prompts(texts.prompts, rows.to(backbone.device)), which
-        )
+        some = some_prompts(texts.prompts, placed(rows, backbone.device))
+        found = self._features(backbone, some, which)
         return found.view(len(numbers), texts.classes, -1)
 
     def bare_features(self, backbone: Backbone, texts: ProDATexts) -> Tensor:
@@ -128,7 +128,7 @@ class ProDA(LearnedContext):
         return self._features(backbone, some_prompts(texts.bare, rows), which)
 
     def _features(self, backbone: Backbone, state: State, which: Tensor) -> Tensor:
-        note = replace(state.note, which=which.to(backbone.device))
+        note = replace(state.note, which=placed(which, backbone.device))
         found = backbone.features("text", replace(state, note=note), self)
         return F.normalize(single(found), dim=-1)
 

@@ -5,6 +5,7 @@ The parameters after a step are those of one process with the whole batch.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,8 +31,9 @@ def process_group() -> Iterator[tuple[int, int]]:
     if processes_launched() == 1:
         yield 0, 1
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
+    backend, here = "gloo", int(os.environ.get("LOCAL_WORLD_SIZE", processes_launched()))
+    # Fewer GPUs than processes are taken for a model on the CPU: NCCL wants one for each.
+    if torch.cuda.is_available() and here <= torch.cuda.device_count():
         backend = "cpu:gloo,cuda:nccl"  # the model may be on either
         resolve_device("cuda")
     dist.init_process_group(backend)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlmlayers.arguments import PRECISIONS
 from vlmlayers.errors import UserError, check_one_of, one_line
+from vlmlayers.runs import processes_launched
 
 T = TypeVar("T")
 CGROUP = Path("/sys/fs/cgroup")
@@ -40,9 +41,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         # Libraries that allocate on the current device would all meet on GPU 0 otherwise.
         torch.cuda.set_device(found)
     except RuntimeError as error:
-        raise UserError(
-            f"cannot use device {str(device)!r} ({one_line(error)}); use 'cpu' or 'cuda'"
-        ) from error
+        many = str(device) == "cuda" and processes_launched() > 1
+        way = "start no more processes than the machine has GPUs" if many else "use 'cpu' or 'cuda'"
+        raise UserError(f"cannot use device {str(device)!r} ({one_line(error)}); {way}") from error
     return found
 
 

@@ -162,8 +162,12 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", missing)
-    with pytest.raises(UserError, match="cannot use device 'cuda:9' .invalid device ordinal"):
+    with pytest.raises(UserError, match="cannot use device 'cuda:9' .invalid device ordinal.; use"):
         resolve_device("cuda:9")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun says it
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="'cuda' .*; start no more processes than the machine has"):
+        resolve_device("auto")
 
 
 def test_what_torch_keeps_for_later_counts_as_free(monkeypatch):
