@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vlmlayers.data.unreadable import reason
-from vlmlayers.errors import UserError, one_line
+from vlmlayers.errors import UserError, shortened
 from vlmlayers.models.nvjpeg import JPEGFiles, OnPixels, decoded
 from vlmlayers.runs import cores
 
@@ -234,7 +234,9 @@ def _loaded(
         except Exception as error:
             if not processes:
                 raise
-            failed = one_line(error)
+            # Of what a process raised the last line says what it was, those before it where.
+            *_, last = str(error).strip().splitlines() or [type(error).__name__]
+            failed = shortened(last, 200)
 
 
 class _Pixels(Dataset[Tensor | None]):

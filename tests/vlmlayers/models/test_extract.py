@@ -171,6 +171,19 @@ def test_what_an_image_raises_in_a_worker_is_raised_as_itself(kind, caplog):
     assert not caplog.text
 
 
+def test_what_fails_in_workers_alone_is_decoded_here_and_named(caplog):
+    """Such as tensors on a GPU, which a forked process cannot read."""
+
+    class Elsewhere(tiny.DrawnManifest):
+        def open_image(self, item, root=None, size=None):
+            if get_worker_info() is not None:
+                raise RuntimeError("Cannot re-initialize CUDA")
+            return super().open_image(item, root, size)
+
+    assert len(run(Elsewhere(), workers=2).vision.ids) == 22
+    assert "(RuntimeError: Cannot re-initialize CUDA); the rest is decoded without" in caplog.text
+
+
 @pytest.mark.skipif(not FORKS, reason="this system does not fork")
 def test_workers_are_forked_however_python_would_start_them():
     """Started anew, each imports everything: ten seconds instead of one in a spawned process."""
