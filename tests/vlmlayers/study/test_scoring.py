@@ -119,7 +119,7 @@ def test_metrics_of_the_model_are_those_of_its_own_prompts_seed_and_draws(tmp_pa
     score_run(run.folder, metrics, {"seeds": [3, 4], "bootstrap": 30}, progress=False)
     digits = vl.Manifest.load("digits")
     expected = vl.models.examine(
-        vl.load_model(str(folder), random_weights=True, device="cpu"), digits, "test", metrics,
+        vl.load_model(str(folder), random_weights=True, device="auto"), digits, "test", metrics,
         items=digits.sample("test", 20, seed=5), template=template, seed=3, bootstrap=30,
         progress=False,
     )  # fmt: skip
