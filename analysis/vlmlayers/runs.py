@@ -330,7 +330,9 @@ def device_kind(device: str) -> str:
 
 @lru_cache(maxsize=1)
 def _gpus() -> int:
-    """Return how many GPUs the driver lets this process see."""
+    """Return how many GPUs the driver lets this process see, and torch was built for."""
+    if version("torch").endswith("+cpu"):
+        return 0
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")

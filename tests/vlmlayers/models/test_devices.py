@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from vlmlayers import runs
 from vlmlayers.errors import UserError
 from vlmlayers.models import Recorder, estimate, extract, load_model, stream, wrap_model
 from vlmlayers.models.devices import (
@@ -154,6 +155,25 @@ def test_auto_is_resolved_once_and_recorded(monkeypatch):
     assert chosen[-1] == torch.device("cuda", 1)
     assert resolve_precision("auto", torch.device("cuda", 0)) == "fp16"
     assert resolve_precision("fp16", CPU) == "fp16"
+
+
+def test_a_study_takes_auto_for_what_the_model_will_take_it(monkeypatch):
+    """Without torch: a GPU that the driver lists is of no use to a build for the CPU."""
+
+    class Driver:
+        def cuInit(self, flags):
+            return 0
+
+        def cuDeviceGetCount(self, count):
+            count._obj.value = 1
+            return 0
+
+    monkeypatch.setattr(runs.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(runs, "_gpus", runs._gpus.__wrapped__)  # asks anew
+    for built, kind in (("2.15.0", "cuda"), ("2.11.0+cu128", "cuda"), ("2.15.0+cpu", "cpu")):
+        monkeypatch.setattr(runs, "version", lambda package, built=built: built)
+        assert runs.device_kind("auto") == kind
+    assert runs.device_kind("cuda:1") == "cuda"
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
