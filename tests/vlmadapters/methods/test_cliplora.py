@@ -179,6 +179,11 @@ def test_files_of_the_authors_are_read_by_the_names_of_their_positions() -> None
         ("both", "all", 24, "v1-12,t1-12"),
         ("both", "all", 36, "v1-24,t1-12"),
         ("text", "mid", 4, "v-,t5-8"),
+        ("text", "bottom", 4, "v-,t1-4"),
+        ("both", "up", 8, "v9-12,t9-12"),
+        ("both", "half-bottom", 12, "v1-6,t1-6"),
+        ("both", "half-bottom", 18, "v1-12,t1-6"),
+        ("both", "half-up", 18, "v13-24,t7-12"),
         ("vision", "half-up", 12, "v13-24,t-"),
         ("vision", "top3", 3, "v10-12,t-"),
     ):

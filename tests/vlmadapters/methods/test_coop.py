@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ def test_context_from_words_starts_as_clip_with_these_words(class_at: str, each:
         end = backbone.text.tower.depth + 1
         prompts = backbone.prompts(tokens, [end])[end]
         torch.testing.assert_close(plain, backbone.features("text", prompts))
+
+
+@pytest.mark.parametrize("class_at", ["middle", "front"])
+def test_context_of_all_classes_starts_at_the_mean_of_what_it_is_for_each(class_at: str) -> None:
+    """At a later block, where words behind the name differ between classes."""
+    config = CoOpConfig((), (2,), class_at=class_at)
+    one = built(config)[0].context["2"]
+    each = built(replace(config, class_specific=True))[0].context["2"]
+    torch.testing.assert_close(one, each.mean(0))
+    assert not torch.allclose(each[0], each[1])
 
 
 def test_the_start_is_drawn_from_the_seed_alone() -> None:

@@ -29,6 +29,7 @@ from vlmadapters.methods.deep_configs import (
 )
 from vlmadapters.methods.head_configs import CLIPAdapterConfig
 from vlmadapters.methods.mma.config import MMAConfig
+from vlmadapters.protocols.evaluate import Evaluator
 from vlmlayers.errors import UserError
 
 # What keeps two steps alike: no dropout, whose draws follow the shapes that savings cut.
@@ -43,12 +44,14 @@ STEPPING = [name for name in NAMES if name not in WITHOUT_LAYOUT]
 SAME = [{"coop", "kgcoop", "proda"}, {"ivlp", "promptsrc"}]
 
 
-def built(name: str, savings: Savings | None = None, seed: int = 1) -> tuple[Any, Backbone]:
+def built(
+    name: str, savings: Savings | None = None, seed: int = 1, **settings: Any
+) -> tuple[Any, Backbone]:
     """Return a method at its published placement on a small backbone."""
     model = shared_backbone()
     backbone = Backbone(model.clip, savings, model.tokenizer)
     depths = {tower: walk.tower.depth for tower, walk in backbone.walks.items()}
-    config = METHODS.config(name).published(depths, **ALIKE.get(name, {}))
+    config = METHODS.config(name).published(depths, **ALIKE.get(name, {}), **settings)
     return METHODS[name].build(config, backbone, TASK, seed=seed), backbone
 
 
@@ -64,15 +67,25 @@ def test_savings_change_neither_loss_nor_gradients_at_the_published_placement(na
 # Methods whose start is drawn; others start from words or from nothing.
 DRAWN = ["mma", "cocoop", "proda", "maple", "ivlp", "promptsrc", "cliplora", "lweib", "rpo",
          "clipadapter"]  # fmt: skip
+WITHOUT_WORDS = ["coop", "kgcoop", "lasp"]  # whose start is drawn where no words are given
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", [*DRAWN, *WITHOUT_WORDS])
 def test_the_seed_alone_decides_where_a_method_starts(name: str) -> None:
     before = torch.get_rng_state()
-    first, again, other = (built(name, seed=seed)[0].state_dict() for seed in (1, 1, 2))
+    settings = {"words": ""} if name in WITHOUT_WORDS else {}
+    first, again, other = (built(name, seed=seed, **settings)[0].state_dict() for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(value, again[key]) for key, value in first.items())
     assert not all(torch.equal(value, other[key]) for key, value in first.items())
+
+
+def test_class_features_are_made_anew_of_parameters_that_were_read() -> None:
+    method, backbone = built("ivlp")
+    evaluator = Evaluator(shared_backbone(), backbone, progress=False)
+    before = evaluator.class_features(method, TASK)
+    method.load_official_state_dict(built("ivlp", seed=2)[0].official_state_dict())
+    assert not torch.equal(evaluator.class_features(method, TASK), before)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import backbones
 import pytest
 import stepping
 import torch
@@ -26,6 +27,7 @@ from vlmadapters.protocols.results import method_fields
 from vlmadapters.training.memory import TRANSIENT, step_bytes
 from vlmadapters.training.recipes import load_recipe
 from vlmlayers.errors import UserError
+from vlmlayers.models.load import build_clip
 
 DESCRIBED = (
     ("cat", ("It has whiskers.", "It says meow, and has a long tail.")),
@@ -218,6 +220,22 @@ def test_blocks_are_fast_as_often_as_asked_and_never_at_a_test() -> None:
     assert len(set(losses)) == 2
     assert at_test == {slow}
     assert 0.6 < losses.count(slow) / 300 < 0.8
+
+
+def test_every_description_of_a_class_is_drawn_and_none_of_another() -> None:
+    method, backbone = built(CONFIGS[0])
+    step = step_of(method, backbone, SOME)
+    drawn = [method._draws(step) for _ in range(60)]
+    for label, (_, described) in enumerate(DESCRIBED):
+        seen = {int(one["description"][one["classes"] == label]) for one in drawn}
+        assert seen == set(range(len(described)))
+
+
+def test_patches_lie_in_the_rows_and_columns_of_the_image() -> None:
+    """32 high and 48 wide, in patches of 8."""
+    clip = build_clip(backbones.config({"image_size": (32, 48)}))
+    backbone = Backbone(clip, None, shared_backbone().tokenizer)
+    assert LwEIB.build(LwEIBConfig((1,), ()), backbone, TASK).grid == (4, 6)
 
 
 def test_weights_start_as_torch_draws_them() -> None:

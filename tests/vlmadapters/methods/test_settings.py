@@ -70,7 +70,7 @@ from vlmlayers.errors import UserError
         (LwEIBConfig, {"text": (1,), "negatives": -2}, "negatives takes a whole number from -1"),
         (MaPLeConfig, {"text": (1,)}, "name vision blocks, or take ivlp"),
         (MaPLeConfig, {"vision": (1,), "length": 0}, "length takes a whole number from 1, not 0"),
-        (ProDAConfig, {"prompts": 6, "group": 3}, "must be a multiple of 4, or 1"),
+        (ProDAConfig, {"prompts": 5, "group": 5}, "must be a multiple of 4, or 1"),
         (
             ProDAConfig,
             {"prompts": 8, "group": 3},

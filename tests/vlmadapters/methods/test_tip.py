@@ -63,9 +63,10 @@ def unit_texts(backbone: Backbone, templates: tuple[str, ...], task: Task = TASK
 @pytest.mark.parametrize("templates", [(), ("itap of a {}.", "art of the {}.")])
 def test_logits_are_those_of_the_formula(templates: tuple[str, ...]) -> None:
     method, backbone = built(kind=Tip, alpha=2.0, beta=3.0, templates=templates)
-    texts = unit_texts(backbone, templates or (TASK.own_template,))
+    task = replace(TASK, own_template="{} texture.")
+    texts = unit_texts(backbone, templates or (task.own_template,))
     images = some_features()
-    found = method.logits(backbone, images, method.prepare(backbone, TASK))
+    found = method.logits(backbone, images, method.prepare(backbone, task))
     torch.testing.assert_close(found, plain_logits(images, texts, 2.0, 3.0), atol=1e-4, rtol=1e-5)
 
 
