@@ -102,6 +102,23 @@ def test_a_mask_takes_the_items_that_it_marks(captions: int) -> None:
     assert features.vision.take([-1, 0]).ids == (features.vision.ids[-1], features.vision.ids[0])
 
 
+def test_captions_follow_their_images_in_any_order_and_as_often_as_these_are_taken() -> None:
+    """Of an image that was taken twice, as in a resample, the first copy had no caption left."""
+    values = np.arange(5.0)[:, None]
+    features = vl.LayerFeatures.from_arrays(
+        {1: values[:4]}, {1: values}, labels=[2, 0, 1, 3], pairs=[0, 3, 2, 2, 0]
+    )
+    assert features.text.labels.tolist() == [2, 3, 1, 1, 2]
+    for rows in ([2, 1, 0], [0, -1, 0], [1]):
+        found = features.take_images(rows)
+        assert found.vision[1][:, 0].tolist() == [row % 4 for row in rows]
+        pairs = zip(found.text[1][:, 0].tolist(), found.text.pairs.tolist())
+        expected = [(text, place) for text, image in enumerate([0, 3, 2, 2, 0])
+                    for place, row in enumerate(rows) if row % 4 == image]  # fmt: skip
+        assert list(pairs) == expected
+        assert (found.text.labels == found.vision.labels[found.text.pairs]).all()
+
+
 def test_features_are_walked_by_the_names_that_brackets_take() -> None:
     features = arrays()
     assert list(features) == ["vision"] and "vision" in features and "text" not in features

@@ -350,12 +350,13 @@ class LayerFeatures:
         vision, text = self.tower("vision"), self.text
         rows = _row_numbers(rows, len(vision))
         if text is not None and text.pairs is not None:
-            # A caption follows its image to that image's new row.
-            place = np.full(len(vision), -1, dtype=np.int64)
-            place[rows] = np.arange(len(rows))
-            text = text.take(np.flatnonzero(place[text.pairs] >= 0))
-            assert text.pairs is not None
-            text = replace(text, pairs=place[text.pairs])
+            # A caption follows its image to all new rows of it: a resample takes some images twice.
+            places: dict[int, list[int]] = {}
+            for place, row in enumerate((rows % len(vision)).tolist()):
+                places.setdefault(row, []).append(place)
+            pairs = [(i, place) for i, of in enumerate(text.pairs) for place in places.get(of, ())]
+            taken, images = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+            text = replace(text.take(taken), pairs=images)
         return replace(self, vision=vision.take(rows), text=text)
 
     def __iter__(self) -> Iterator[str]:

@@ -132,7 +132,7 @@ def test_a_file_of_the_authors_layout_is_read_by_its_method_alone(
 
 # Settings of which a file of the authors' layout tells what the second part names.
 TOLD: list[tuple[MethodConfig, tuple[str, ...]]] = [
-    (CLIPAdapterConfig(), ("placement",)),
+    (CLIPAdapterConfig(), ("placement", "ratio", "text_ratio")),
     (CLIPAdapterConfig(ratio=0.6, text_ratio=0.3, reduction=2), ("placement",)),
     (CLIPLoRAConfig((1, 2, 3), (1, 2, 3)), ("placement", "alpha")),
     (CLIPLoRAConfig((2,), (3,), matrices=("o", "q"), rank=3, alpha=2.0), ("placement", "alpha")),

@@ -10,6 +10,7 @@ import pytest
 import stepping
 import torch
 from backbones import shared_backbone
+from open_clip import OPENAI_IMAGENET_TEMPLATES
 from stepping import TASK, assert_same_step, first_step, moved, step_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -198,6 +199,9 @@ def test_a_task_without_other_names_uses_its_own() -> None:
 def test_the_hand_made_prompts_are_the_authors_of_which_one_stands_there_twice() -> None:
     assert (len(HAND_MADE), len(set(HAND_MADE))) == (35, 34)
     assert HAND_MADE.count("a bad photo of the {}.") == 2
+    # The first ones are CoOp's for single datasets, all others OpenAI's for ImageNet.
+    openai = {fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES}
+    assert [template not in openai for template in HAND_MADE] == [True] * 5 + [False] * 30
 
 
 @pytest.mark.parametrize(

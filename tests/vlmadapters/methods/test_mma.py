@@ -212,6 +212,9 @@ def test_counts_are_the_published_ones() -> None:
     widths = {"vision": 768, "text": 512}
     assert Adapter(MMAConfig.span(5, 5), widths).parameter_count() == 84_320
     assert Adapter(MMAConfig.span(5, 12), widths).parameter_count() == 674_560
+    # What a recipe says of itself without a model.
+    for one in (MMAConfig.span(5, 12), MMAConfig((1, 2), (2, 3), dim=4), MMAConfig((3,), ())):
+        assert one.parameters(widths) == Adapter(one, widths).parameter_count()
 
 
 def test_weights_are_drawn_by_kaiming_from_a_private_generator() -> None:
@@ -234,6 +237,7 @@ def test_projections_are_shared_by_pairs_and_own_elsewhere() -> None:
     paired = MMAConfig(vision=(1, 2), text=(2, 3), pairs=((1, 2), (2, 3)))
     keys = Adapter(paired, widths).official_state_dict()
     assert {k.split(".")[1] for k in keys if k.startswith("shared")} == {"v1t2", "v2t3"}
+    assert paired.with_placement((2, 3), (3,)) == MMAConfig((2, 3), (3,))
 
 
 def test_hooks_leave_also_after_an_exception_and_twice_is_refused() -> None:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,6 +63,13 @@ def test_a_rate_falls_by_half_a_cosine_to_its_end_or_stays() -> None:
     assert found == pytest.approx([rate for rate in epochs for _ in range(per_epoch)])
     # Ten steps begin a fourth epoch, which counts as a whole one.
     assert learning_rate(train, 9, 10, per_epoch) == pytest.approx(epochs[3])
+    # Behind a warm-up it starts anew, and falls as slowly: its last epoch is not reached.
+    for schedule, steps_of in (("epoch", [3, 3, 3]), ("step", [1] * 9)):
+        warm = replace(train, final_lr=0.0, schedule=schedule, warmup_epochs=1, warmup_lr=0.05)
+        found = [learning_rate(warm, step, steps, per_epoch) for step in range(steps)]
+        starts = np.cumsum([0, *steps_of[:-1]])
+        falling = np.repeat((1 + np.cos(np.pi * starts / steps)) / 2, steps_of)
+        assert found == pytest.approx([0.05] * 3 + falling.tolist())
     constant = replace(train, schedule="constant", warmup_epochs=1, warmup_lr=0.05)
     found = [learning_rate(constant, step, steps, per_epoch) for step in range(steps)]
     assert found == [0.05] * 3 + [1.0] * 9

@@ -76,6 +76,7 @@ PUBLISHED = {
     ("lasp", "published", "caltech101"): (0.032, 50, 32, 5),
     ("lasp", "published", "eurosat"): (0.032, 300, 32, 7),
     ("lasp", "published", "food101"): (0.002, 10, 1, 1),
+    ("lasp", "virtual", "caltech101"): (0.032, 50, 32, 5),
     ("maple", "published", ""): (0.0035, 5, 4, 1),
     ("maple", "transfer", ""): (0.0026, 2, 4, 1),
     ("ivlp", "published", ""): (0.0035, 5, 4, 1),
@@ -103,6 +104,7 @@ PUBLISHED = {
         ("transfer", "promptsrc", "v1-6,t1-3"),
         ("transfer", "maple", "v1-3,t1-3"),
         ("published", "coop", "v-,t1"),
+        ("published", "lasp", "v1-24,t-"),
         ("published", "tip", ""),
     ],
 )
