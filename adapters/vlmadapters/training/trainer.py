@@ -518,8 +518,8 @@ def count_steps(train: TrainConfig, items: int) -> int:
     """Return the number of batches that a training on some number of items takes."""
     if train.steps_per_shot:
         return train.steps_per_shot * train.shots
-    size = min(train.batch_size, items)
-    return train.epochs * len(epoch_batches(items, size, 0, 0, drop_last=train.drop_last))
+    batches = epoch_batches(items, train.batch_size, 0, 0, drop_last=train.drop_last)
+    return train.epochs * len(batches)
 
 
 def resolved(train: TrainConfig, device: torch.device) -> TrainConfig:

@@ -24,6 +24,21 @@ from vlmlayers.manifests import Item, Manifest
 from vlmlayers.prompts import class_prompts
 
 
+@pytest.mark.parametrize("kind", ["all", "base", "novel"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_items_of_each_split_have_the_labels_of_the_classes_asked_for(
+    kind: str, split: str
+) -> None:
+    data = TaskData("shapes_filled", shared_backbone())
+    draw = {"train": data.shots, "val": data.validation}.get(split)
+    items = data.test(kind) if draw is None else draw(2, 1, kind)
+    task = data.task(kind)
+    assert {item.label for item in items} == set(range(len(task.class_names)))
+    assert all(item.class_name == task.class_names[item.label] for item in items)
+    assert {*task.class_names} | {*task.other_names} == {*data.class_names}
+    assert {item.path for item in items} <= {item.path for item in data.manifest.items(split)}
+
+
 @pytest.mark.parametrize("dataset", ["caltech101", "dtd", "oxford_pets"])
 @pytest.mark.parametrize("shots", [1, 4, 16])
 def test_the_draw_is_the_published_one(dataset: str, shots: int, shared_data: Path) -> None:

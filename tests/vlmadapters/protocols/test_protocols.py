@@ -852,6 +852,7 @@ def test_a_recipe_file_extends_a_shipped_one(tmp_path: Path) -> None:
         ("flip = true", "flip takes a number from 0 to 1, not True"),
         ("crop_scale = [0.5]", "crop_scale takes 2 numbers"),
         ("crop_scale = [0.5, 2.0]", "must rise, above 0 and 1 at most"),
+        ("crop_scale = [0, 1]", "crop_scale is 0 to 1; it must rise, above 0"),
         ("crop_ratio = [2.0, 1.0]", "crop_ratio is 2 to 1; it must rise, above 0"),
         ('savings = { fused = "no" }', "fused takes True or False, not 'no'"),
         ("settings = { pairs = [[5]] }", "not a vision block and a text block"),

@@ -35,8 +35,8 @@ from vlmadapters.validation.candidates import (
 )
 from vlmadapters.validation.judge import SEARCH_COLUMNS, Difference, difference, ranking
 from vlmadapters.validation.options import SearchOptions
-from vlmadapters.validation.race import Heat
-from vlmadapters.validation.search import Search, _statement, search
+from vlmadapters.validation.race import Heat, Race
+from vlmadapters.validation.search import Search, _statement, _unmoved, search
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import Amount, Placement
@@ -461,6 +461,32 @@ def test_trainings_that_move_no_accuracy_are_told(manifest: Manifest, finished: 
     still = RECIPE.changed({"lr": 1e-12}, {"scale": 1e-9})
     options = {**QUICK, "recipe": still, "amounts": ["epochs=2"]}
     assert told in search(shared_backbone(), [manifest], **options).statement
+    moved = pd.DataFrame({"dataset": "a", "seed": 1, "fold": [1, 1, 2, 2], "novel": 50.0})
+    moved["base"] = [40.0, 40.0, 40.0, 60.0]
+    assert not _unmoved(moved) and _unmoved(moved[:2])
+
+
+def test_placements_race_at_the_amount_found(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heats: list[tuple[Recipe, list[Recipe], float]] = []
+
+    def picking_the_first(_: Race, stage: str, default: Recipe, rivals: Any, budget: float) -> Any:
+        heats.append((default, list(rivals), budget))
+        return heats[0][1][0]
+
+    monkeypatch.setattr(Race, "run", picking_the_first)
+    with pytest.raises(UserError, match="no comparison"):  # as no heat was run
+        search(shared_backbone(), [manifest], budget=50.0, **QUICK)
+    (default, amounts, share), (tuned, placements, left) = heats
+    assert [one.label for one in (default, *amounts)] == [
+        "v2-3,t2-3", "v2-3,t2-3@scale=5", "v2-3,t2-3@epochs=2",
+    ]  # fmt: skip
+    assert tuned == amounts[0]
+    assert [one.label for one in placements] == [
+        f"{place}@scale={scale}" for place in ("v3,t3", "v1-3,t1-3") for scale in (5, 15)
+    ]
+    assert (share, left) == (30.0, 50.0)  # six tenths; and all, of which nothing was spent
 
 
 def test_a_rival_that_diverges_is_left_out_and_changes_nothing_else(
@@ -867,6 +893,9 @@ def test_a_fold_trains_on_its_share_of_steps_per_shot_by_the_values_of_its_datas
 def test_a_whole_draw_keeps_its_steps_and_epochs_shrink_by_themselves() -> None:
     made = RECIPE.changed({"steps_per_shot": 8})
     assert made.train.of_share(1.0) == made.train and RECIPE.train.of_share(0.1) == RECIPE.train
+    # To the nearest step, and to one at least.
+    shrunk = [made.train.of_share(share).steps_per_shot for share in (0.45, 0.35, 0.01)]
+    assert shrunk == [4, 3, 1]
 
 
 def fold_gains(generator: np.random.Generator, count: int) -> list[float]:
