@@ -61,6 +61,7 @@ def score(features: Any = None, **options: Any) -> pd.DataFrame:
         (lambda: len(score(seeds=range(2))), 2 * len(score(seeds=np.int64(3)))),
         (lambda: arrays(pd.Series([0, 1, 0, 1], index=[9, 8, 7, 6])).vision.labels.tolist(), None),
         (lambda: arrays(torch.tensor([0, 1, 0, 1])).vision.labels.tolist(), None),
+        (lambda: len(arrays([0, 1, 0, 1], text={1: np.ones((3, 3))}).class_names), 3),
         (lambda: arrays([0.0, 1.0, 0.0, 1.0]).vision.labels.tolist(), None),
     ],
 )

@@ -284,6 +284,8 @@ def test_test_images_stay_on_a_gpu_while_it_has_room(
     for _ in range(2):  # a batch that is normalised in place would be another one the next time
         assert all(map(torch.equal, images.batches(items, 4), expected))
     assert len(uploaded) == uploads
+    # Nor is a batch of other items that starts with the same one.
+    assert all(map(torch.equal, images.batches(items[:1], 4), [expected[0][:1]]))
     shared_room.cache_clear()
 
 

@@ -175,6 +175,7 @@ def test_other_words_than_those_of_zero_shot_clip_are_no_change_by_training(
     found = va.train(shared_backbone(), "faces", other, seeds=1, items=40, progress=False)
     trained = found[found.seed == 1]
     assert set(trained.note) == {UNMOVED} and set(trained.changed) == {0.0}
+    assert set(trained.template) == {"noise, an ugly {} of many"}
     plain = found[found.method == ZERO_SHOT_CLIP]
     # MMA's prompts are in other words, whose answers differ; CoOp's start from its own.
     same = plain.log_likelihood.tolist() == pytest.approx(trained.log_likelihood.tolist(), abs=1e-6)

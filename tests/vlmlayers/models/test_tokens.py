@@ -119,7 +119,8 @@ def test_extraction_names_tokens_and_its_store_keeps_them(tmp_path):
                 )
     frame = made.text.to_frame("1")
     ends = np.isfinite(made.text[1][..., 0]).sum(1)
-    assert len(frame) == ends.sum() and frame["token"].iloc[ends[0]] == "token 1"
+    assert frame["token"].tolist() == [f"token {n + 1}" for end in ends for n in range(end)]
+    assert frame["id"].tolist() == np.repeat(made.text.ids, ends).tolist()
     assert made.identity["pooling"] == {"vision": "tokens", "text": "tokens"}
     with pytest.raises(UserError, match="belongs to another extraction: pooling"):
         extract(model, tiny.DrawnManifest(), "train", out=tmp_path / "store",

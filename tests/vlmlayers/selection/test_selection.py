@@ -14,7 +14,7 @@ from score_tables import curve_rows, full, pair_rows, planted, row, step, table
 
 from vlmlayers import plots
 from vlmlayers.errors import UserError
-from vlmlayers.scores.reading import depths, partner_block
+from vlmlayers.scores.reading import Reading, check_scores, depths, partner_block
 from vlmlayers.scores.summaries import curves, how_made
 from vlmlayers.selection import (
     LayerChoice,
@@ -1257,6 +1257,25 @@ def test_values_that_no_resample_moves_leave_the_tower_open(rule: str) -> None:
     said = "dataset_accuracy of the vision tower has no interval at 3 of its 36 values"
     assert f"{said}, which no resample moves" in choice.statement
     assert not choice.evidence["decided"] and not choice.firm("vision") and choice.firm("text")
+
+
+def test_scorings_that_were_joined_are_refused_and_several_heads_of_one_are_not() -> None:
+    one = table(curve_rows("dataset_accuracy", "vision", [0.2, 0.4, 0.6]))
+    heads = [one.assign(options=f"bootstrap=9;head={head}") for head in (1, 2)]
+    assert len(check_scores(pd.concat(heads, ignore_index=True))) == 2 * len(one)
+    other = one.assign(options="bootstrap=99;head=1")
+    with pytest.raises(UserError, match="several values of dataset_accuracy at vision"):
+        check_scores(pd.concat([heads[0], other], ignore_index=True))
+
+
+def test_rows_of_all_datasets_together_are_read_where_no_dataset_is_named() -> None:
+    whole = table(curve_rows("dataset_accuracy", "vision", [0.2, 0.4, 0.6]))
+    parts = [whole.assign(dataset=name, value=0.5) for name in ("a", "b")]
+    scores = pd.concat([*parts, whole], ignore_index=True)
+    for reading, datasets in ((Reading(), {"*"}), (Reading(dataset="b"), {"b"})):
+        assert set(reading.rows(scores, "dataset_accuracy", "vision")["dataset"]) == datasets
+    found = Reading().rows(pd.concat(parts), "dataset_accuracy", "vision")
+    assert set(found["dataset"]) == {"a", "b"}
 
 
 def test_depth_is_what_the_scores_say_of_it_or_refused() -> None:
