@@ -74,6 +74,13 @@ def test_the_draw_depends_on_items_shots_and_seed_alone(seed: int) -> None:
     assert len(set(first)) == 15
 
 
+def test_classes_draw_in_the_order_in_which_they_first_appear() -> None:
+    items = [Item(f"{label}-{i}.jpg", label, str(label)) for i in range(5) for label in (2, 0, 1)]
+    generator = random.Random(3)
+    expected = [generator.sample([i for i in items if i.label == one], 2) for one in (2, 0, 1)]
+    assert few_shot(items, 2, 3) == [item for drawn in expected for item in drawn]
+
+
 def test_a_small_class_gives_all_it_has() -> None:
     items = [*some_items(2, 5), Item("only.jpg", 2, "rare")]
     drawn = few_shot(items, 4, 1)

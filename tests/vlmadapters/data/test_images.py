@@ -16,9 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-from backbones import shared_backbone
+from backbones import config, shared_backbone
 from PIL import Image
 from scipy.stats import ks_2samp
 from torch.utils.data import DataLoader
@@ -38,6 +39,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import decoding
 from vlmlayers.models.decoding import batches_of
+from vlmlayers.models.load import build_clip, wrap_model
 
 MANIFEST = Manifest.load("textures")
 
@@ -103,6 +105,16 @@ def test_evaluation_images_are_what_the_models_transform_gives() -> None:
     for _ in range(2):  # decoded, then kept
         found = torch.cat(list(images.batches(items, 4)))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_views_and_test_images_have_the_height_and_width_that_the_model_takes() -> None:
+    """Turned round they are as many patches, and nothing would fail."""
+    clip = build_clip(config({"image_size": (32, 48)}))
+    preprocess = open_clip.image_transform((32, 48), is_train=False)
+    model = wrap_model(clip, preprocess, open_clip.SimpleTokenizer(), name="oblong", weights="own")
+    images, items = Images(model, MANIFEST), MANIFEST.items("test")[:2]
+    views = images.augmented(items, Augmentation().draws(2, 0, 0), Augmentation())
+    assert views.shape == next(images.batches(items, 2)).shape == (2, 3, 32, 48)
 
 
 def test_views_of_images_that_are_not_square_are_torchvisions_of_the_same_boxes(

@@ -670,6 +670,10 @@ def test_there_is_no_average_where_no_seed_has_all_datasets() -> None:
     assert list(found["dataset"]) == ["a", "b"]
     text = results_text(found)
     assert "90.0" in text and "average" not in text
+    # Nor over those that are complete: one of three has no novel accuracy by any seed.
+    halves = rows(dataset=[*"aabbc"], split_kind=["base", "novel"] * 2 + ["base"], seed=1,
+                  accuracy=[0.8, 0.6, 0.8, 0.9, 0.4])  # fmt: skip
+    assert set(summarise(halves)["dataset"]) == {*"abc"}
     joined = pd.concat([apart, rows(dataset=["b"], split_kind="base", seed=[2], accuracy=[0.3])])
     average = summarise(joined).set_index("dataset").loc["average"]
     assert (average["mean"], average["seeds"]) == (pytest.approx(0.6), 1)

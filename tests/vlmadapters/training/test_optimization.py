@@ -112,3 +112,5 @@ def test_a_users_method_seeds_the_gpu_that_it_is_on_and_no_other(
             drawn.append(torch.rand(2))
     assert torch.equal(*drawn) and torch.equal(before, torch.get_rng_state())
     assert seen == 2 * asked
+    with own_draws("mine", 4, device):
+        assert not torch.equal(torch.rand(2), drawn[0])
