@@ -20,9 +20,12 @@ from scipy.stats import binomtest
 from typer.testing import CliRunner
 
 from vlmadapters.cli.terminal import results_text
+from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.fewshot import few_shot
 from vlmadapters.data.images import Images, Room
 from vlmadapters.data.options import DataOptions
+from vlmadapters.data.task import Task
+from vlmadapters.methods.head_configs import TipConfig
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
 from vlmadapters.methods.tip import Tip
@@ -37,6 +40,7 @@ from vlmadapters.protocols.results import (
     UNMOVED_TEST,
     ZERO_SHOT_CLIP,
     ZERO_SHOT_METHODS,
+    ZERO_SHOT_OWN,
     accuracy_fields,
     half_fields,
     names,
@@ -589,6 +593,24 @@ def test_a_test_whose_answers_are_those_of_zero_shot_clip_says_so() -> None:
         model, ["shapes_filled"], {Path("still"): still}, template="{}", items=40, progress=False
     )
     assert other.changed.tolist()[2] == 0
+
+
+def test_zero_shot_rows_are_of_the_common_template_and_of_the_datasets_own() -> None:
+    model, words = shared_backbone(), "{} texture."
+    own = Manifest.load("shapes_filled")
+    own = replace(own, spec=own.spec.model_copy(update={"zero_shot_template": words}))
+    options = {"items": 40, "progress": False}
+    trained = train(model, own, RECIPE, seeds=(1,), protocol="few-shot", **options)
+    tip = Tip.build(TipConfig(), Backbone(model.clip, tokenizer=model.tokenizer), Task())
+    tested = evaluate_methods(model, [own], {Path("tip"): tip}, **options)
+    other = evaluate_methods(model, [own], {}, template=words, **options)
+    for table in (trained, tested):
+        plain = table[table.method.isin(ZERO_SHOT_METHODS)].set_index("method")
+        assert plain.template[ZERO_SHOT_CLIP] == "a photo of a {}."
+        assert plain.template[ZERO_SHOT_OWN] == words
+        assert plain.log_likelihood[ZERO_SHOT_OWN] == pytest.approx(other.log_likelihood[0])
+    # An empty cache answers as zero-shot CLIP does in the dataset's own words.
+    assert tested.note.tolist() == ["", "", UNMOVED_TEST] and tested.changed[2] > 0
 
 
 def test_an_evaluation_tells_of_test_images_that_are_listed_for_training(
