@@ -38,10 +38,18 @@ def images() -> Any:
     return torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 
-def ours_features() -> Work:
-    from vlmlayers.models import Recorder, load_model
+def ours_features(timms: bool = False) -> Work:
+    """Record a model of open_clip, or that of timm, whose blocks are other code."""
+    import timm
 
-    recorder, batch = Recorder(load_model(MODEL, random_weights=True).towers["vision"]), images()
+    from vlmlayers.models import Recorder, load_model, wrap_model
+
+    model = (
+        wrap_model(timm.create_model(TIMM_MODEL), random_weights=True)
+        if timms
+        else load_model(MODEL, random_weights=True)
+    )
+    recorder, batch = Recorder(model.towers["vision"]), images()
 
     def work() -> None:
         with recorder:
@@ -118,6 +126,7 @@ def pytorch_cka(count: int) -> Work:
 
 SIDES: dict[str, Callable[[], Work]] = {
     "ours_features": ours_features,
+    "ours_timm_features": partial(ours_features, timms=True),
     "open_clip": open_clip_features,
     "timm": timm_features,
     "thingsvision": thingsvision_features,
@@ -145,18 +154,19 @@ class Peer:
     behind: str = ""
 
 
-ONE_PASS = "the same single pass; ours pools each block and applies norm and projection as well"
+ONE_PASS = "the same single pass; ours pools each block and applies the last norm as well"
 FLOAT64 = "float32; ours is float64"
 PEERS = {
     "thingsvision": Peer("thingsvision", environment=".venv-thingsvision", behind=ONE_PASS),
     "open_clip": Peer("open_clip_torch", behind=ONE_PASS),
-    "timm": Peer("timm", behind=ONE_PASS),
+    "timm": Peer("timm", "ours_timm_features", behind=ONE_PASS),
     "pytorch-cka, one tower": Peer("pytorch-cka", "ours_cka_one", behind=FLOAT64),
     "pytorch-cka, two towers": Peer("pytorch-cka", "ours_cka_two", behind=FLOAT64),
 }
 FEATURES, CKA = f"{BATCH} images, {MODEL}", f"{ITEMS} × {WIDTH}"
 WORK = {
     "ours_features": ("features of all blocks", FEATURES),
+    "ours_timm_features": ("features of all blocks", f"{BATCH} images, timm's {MODEL}"),
     "ours_cka_one": ("layer × layer debiased CKA, one tower", CKA),
     "ours_cka_two": ("layer × layer debiased CKA, two towers", CKA),
 }

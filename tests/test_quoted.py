@@ -56,6 +56,30 @@ def test_the_page_on_scale_quotes_start_up_and_tables() -> None:
         assert_quoted(quiet, *recorded)
 
 
+def test_the_page_on_scale_quotes_what_many_classes_take() -> None:
+    table = pd.read_csv(RESULTS / "metrics_classes.csv")
+    whole = table[table["metric"] == "(all)"].set_index("classes")
+    probe = table[table["metric"] == "class_accuracy"].set_index("classes")["seconds"]
+    said = " ".join((ROOT / "docs/scale.md").read_text(encoding="utf-8").split())
+    said = said[said.index("of 10,000 items take") : said.index(" MiB. Sums over")]
+    taken, (few, some, many) = whole["seconds"], whole.index
+    assert_quoted(
+        said.replace(" (one process; `benchmarks/metrics.py classes`)", ""),
+        10_000, taken[few], few, taken[some], some, taken[many], many, probe[many],
+        *whole["peak_mib"],
+    )  # fmt: skip
+
+
+def test_the_page_on_scale_quotes_peers() -> None:
+    table = pd.read_csv(RESULTS / "peers.csv")
+    said = (ROOT / "docs/scale.md").read_text(encoding="utf-8").partition("Beside other libr")[2]
+    quoted = re.findall(r"\d\.\d+, \d\.\d+ to \d\.\d+", said)
+    del quoted[3]  # thingsvision on its own torch, which is not recorded again
+    peers = ["thingsvision", "open_clip", "timm", "pytorch-cka"]
+    table = table.sort_values("peer", key=lambda names: names.map(peers.index), kind="stable")
+    assert_quoted(" ".join(quoted), *table.filter(like="faster").to_numpy().ravel())
+
+
 def test_the_page_on_scale_quotes_training_on_a_cpu() -> None:
     table = pd.read_csv(RESULTS / "training_cpu.csv")
     for processor, upper, last, plain in rows_of("docs/scale.md", "| processor |"):

@@ -25,6 +25,8 @@ SAME = 1e-6
 ROUNDING = 1e-12
 # Numbers, in what is fitted or compared side by side, that are held at once.
 AT_ONCE = 1_000_000
+# Products below it are quicker than the preparation of fewer of them.
+SMALL = 250_000
 # Beyond it, and below its inverse, sums of fourth powers are infinite or nothing in float64.
 LARGEST = 1e70
 
@@ -261,12 +263,12 @@ def parts(count: int, each: int) -> list[slice]:
 
 
 def class_sums(x: Array, labels: Labels, classes: int) -> Array:
-    """Return the sum of the rows of each class, (class, width).
-
-    As many additions as there are values: a product with indicators would take as many for every
-    class, and there may be a thousand.
-    """
+    """Return the sum of the rows of each class, (class, width)."""
     n = len(labels)
+    # A product with indicators takes the additions of one class for every class, of which there
+    # may be a thousand; of little it is quicker than to set up the other way.
+    if classes * x.size <= SMALL:
+        return np.asarray(np.eye(classes)[labels].T @ x)
     member = csr_array((np.ones(n), labels, np.arange(n + 1)), shape=(n, classes))
     return np.asarray(member.T @ x)
 

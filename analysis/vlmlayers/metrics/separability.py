@@ -73,8 +73,8 @@ def _aucs(
 ) -> Array:
     """Return the AUC of each fold by fits without some folds, (fold, the other fold or itself)."""
     found: list[list[Array]] = []
-    # Each fit holds most of the rows of both modalities.
-    for part in parts(len(absent), 2 * (x.size + y.size)):
+    # Each fit copies most of the rows of both modalities; a few that are small are held together.
+    for part in parts(len(absent), (x.size + y.size) // 2):
         fits = []
         for folds in absent[part]:
             out_x, out_y = np.isin(fold_x, folds), np.isin(fold_y, folds)
