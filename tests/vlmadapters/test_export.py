@@ -244,6 +244,7 @@ def test_the_authors_layout_says_what_it_leaves_out_and_evaluate_takes_it(
 def test_adapters_are_tested_with_the_template_of_their_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("ERROR", "vlmlayers.models.load")  # that nobody trained the backbone
     model = load_model(str(saved_backbone(tmp_path / "model")))
     backbone, data = Backbone(model.clip, tokenizer=model.tokenizer), _dataset(tmp_path / "data")
     test, both = ["evaluate", tmp_path / "model", data, "--kind", "base"], list[Any]()
