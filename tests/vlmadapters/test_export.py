@@ -244,7 +244,6 @@ def test_the_authors_layout_says_what_it_leaves_out_and_evaluate_takes_it(
 def test_adapters_are_tested_with_the_template_of_their_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("ERROR", "vlmlayers.models.load")  # that nobody trained the backbone
     model = load_model(str(saved_backbone(tmp_path / "model")))
     backbone, data = Backbone(model.clip, tokenizer=model.tokenizer), _dataset(tmp_path / "data")
     test, both = ["evaluate", tmp_path / "model", data, "--kind", "base"], list[Any]()
@@ -252,6 +251,10 @@ def test_adapters_are_tested_with_the_template_of_their_training(
         task = TaskData(str(data), model).task("base", template)
         method = METHODS["mma"].build(MMAConfig.span(1, 2), backbone, task, seed=1)
         both += ["--adapter", save_method(tmp_path / f"{number}.safetensors", method, model, task)]
+
+    def told() -> list[str]:
+        return [said for said in caplog.messages if "weights that nobody trained" not in said]
+
     _called(*test, *both[:2], "--out", tmp_path / "own.csv")
     # The first row, zero-shot CLIP, is what the others' `changed` is counted against.
     table = pd.read_csv(tmp_path / "own.csv")
@@ -259,9 +262,9 @@ def test_adapters_are_tested_with_the_template_of_their_training(
     assert list(own["template"]) == ["a drawing of {}"] * 2
     with pytest.raises(UserError, match=r"with 2 templates .*; name one by --template"):
         _called(*test, *both)
-    assert not caplog.messages
+    assert not told()
     _called(*test, *both, "--template", "a photo of a {}.")
-    assert [said.partition(" was ")[2] for said in caplog.messages] == [
+    assert [said.partition(" was ")[2] for said in told()] == [
         "trained with 'a drawing of {}' and is tested with 'a photo of a {}.'"
     ]
 
