@@ -255,8 +255,8 @@ def mean_of_pairs(sums: Array, weights: Array) -> Array:
     return ratio(sums - own, np.square(weights.sum(axis=1)) - own)
 
 
-def parts(count: int, each: int) -> list[slice]:
-    """Return slices of so many things, each of so many numbers, which are then held at once."""
+def batches(count: int, each: int) -> list[slice]:
+    """Return slices of so many things, each of so many numbers, that are held at once."""
     number = min(-(-count * each // AT_ONCE), count)
     ends = np.linspace(0, count, max(number, 1) + 1).astype(int).tolist()
     return [slice(*both) for both in pairwise(ends)]
@@ -271,6 +271,19 @@ def class_sums(x: Array, labels: Labels, classes: int) -> Array:
         return np.asarray(np.eye(classes)[labels].T @ x)
     member = csr_array((np.ones(n), labels, np.arange(n + 1)), shape=(n, classes))
     return np.asarray(member.T @ x)
+
+
+def class_means(x: Array, labels: Labels, classes: int) -> Array:
+    """Return the mean of each class, (class, width).
+
+    Raises:
+        UserError: A class has no item.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    # A mean of nothing would lie at the centre, and be the nearest one to items there.
+    if not counts.all():
+        raise UserError(f"class {int(counts.argmin())} of {classes} has no item to take a mean of")
+    return class_sums(x, labels, classes) / counts[:, None]
 
 
 def squared_distances(x: Array, y: Array | None = None) -> Array:

@@ -17,6 +17,7 @@ from vlmlayers.metrics.checks import (
     Labels,
     centred,
     class_ids,
+    class_means,
     class_sums,
     classes,
     nearest_shares,
@@ -225,8 +226,7 @@ def same_label_most(labels: Labels, *, k: int = 10) -> float:
 
 
 def _means(x: Array, y: Labels) -> Array:
-    counts = np.bincount(y)
-    return class_sums(x, y, len(counts)) / counts[:, None]
+    return class_means(x, y, int(y.max()) + 1)
 
 
 def _weighted_means(x: Array, y: Labels) -> Array:

@@ -16,10 +16,11 @@ from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError
 from vlmlayers.metrics.checks import (
     FIXED,
+    ROUNDING,
     Array,
     Given,
     Labels,
-    parts,
+    batches,
     row_pairs,
     triangle,
     unit,
@@ -138,8 +139,8 @@ def _ranks(similarity: Array, match: NDArray[np.bool_]) -> Labels:
     """Return how many candidates rank above the best match, level with it, and so match: (3, x)."""
     # Equal cosines differ by rounding, which must not decide between them: hence the margin.
     best = np.where(match, similarity, -np.inf).max(axis=1, keepdims=True)
-    above = (similarity > best + 1e-12) & ~match
-    level = np.abs(similarity - best) <= 1e-12
+    above = (similarity > best + ROUNDING) & ~match
+    level = np.abs(similarity - best) <= ROUNDING
     return np.stack([kind.sum(axis=1) for kind in (above, level, level & match)])
 
 
@@ -154,7 +155,7 @@ def retrieval_hits(x: Any, y: Any, pairs: Any = None, *, k: int = 1) -> Array:
     asked, row = np.unique(pairs[:, 0], return_inverse=True)
     shape = len(asked), len(y)
     match = csr_array((np.ones(len(row), dtype=bool), (row, pairs[:, 1])), shape=shape)
-    ranks = [_ranks(x[asked[part]] @ y.T, match[part].toarray()) for part in parts(*shape)]
+    ranks = [_ranks(x[asked[some]] @ y.T, match[some].toarray()) for some in batches(*shape)]
     above, tied, right = np.concatenate(ranks, axis=1)
     places = np.clip(k - above, 0, tied)  # that the tied candidates share
     missed = np.ones(len(places))

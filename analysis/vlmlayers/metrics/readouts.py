@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.arguments import Count, checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import check_one_of
 from vlmlayers.metrics.checks import (
     SAME,
     Array,
     Given,
     Labels,
+    batches,
     class_ids,
+    class_means,
     class_sums,
     matrix,
     nearest_shares,
-    parts,
     refuse_width,
     squared_distances,
     unit_rows,
@@ -130,7 +131,7 @@ def logistic_logits(
     found = []
     largest = max(1, *(x.size for x in scaled))  # a constant position has no columns left
     # All problems of a batch hold their padded products at once.
-    for batch in parts(len(fits), largest * len(c_grid) * classes):
+    for batch in batches(len(fits), largest * len(c_grid) * classes):
         labels = [labels for _, labels, _ in fits[batch]]
         solutions = solve(scaled[batch], labels, classes, np.asarray(c_grid))
         for others, (weights, intercepts) in zip(rest[batch], solutions):
@@ -187,8 +188,8 @@ def k_nearest(
     x, fitted = unit_rows(x), unit_rows(scaled).T
     weights = balanced_weights(fit_labels, classes)
     return np.concatenate([
-        _outvoting(x[part] @ fitted, fit_labels, weights, k, classes)
-        for part in parts(len(x), len(scaled))
+        _outvoting(x[batch] @ fitted, fit_labels, weights, k, classes)
+        for batch in batches(len(x), len(scaled))
     ])  # fmt: skip
 
 
@@ -203,19 +204,6 @@ def _outvoting(
     # Sums of equal votes differ by rounding, which must not pick one of the classes.
     most = ballots.max(axis=1, keepdims=True)
     return (ballots >= most * (1.0 - 4e-15)).argmax(axis=1)
-
-
-def class_means(x: Array, labels: Labels, classes: int) -> Array:
-    """Return the mean of each class, (class, width).
-
-    Raises:
-        UserError: A class has no item.
-    """
-    counts = np.bincount(labels, minlength=classes)
-    # A mean of nothing would lie at the centre, and be the nearest one to items there.
-    if not counts.all():
-        raise UserError(f"class {int(counts.argmin())} of {classes} has no item to take a mean of")
-    return class_sums(x, labels, classes) / counts[:, None]
 
 
 def _rotate(fit: Array, others: list[Array]) -> tuple[Array, list[Array]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmlayers.arguments import Natural, Takes, checked
 from vlmlayers.errors import UserError
-from vlmlayers.metrics.checks import FIXED, Array, Given, Labels, parts, row_pairs, unit
+from vlmlayers.metrics.checks import FIXED, Array, Given, Labels, batches, row_pairs, unit
 from vlmlayers.metrics.gap import auc
 from vlmlayers.metrics.readouts import logistic_logits
 
@@ -74,9 +74,9 @@ def _aucs(
     """Return the AUC of each fold by fits without some folds, (fold, the other fold or itself)."""
     found: list[list[Array]] = []
     # Each fit copies most of the rows of both modalities; a few that are small are held together.
-    for part in parts(len(absent), (x.size + y.size) // 2):
+    for batch in batches(len(absent), (x.size + y.size) // 2):
         fits = []
-        for folds in absent[part]:
+        for folds in absent[batch]:
             out_x, out_y = np.isin(fold_x, folds), np.isin(fold_y, folds)
             fit = np.vstack([x[~out_x], y[~out_y]])
             labels = np.repeat([0, 1], [int((~out_x).sum()), int((~out_y).sum())])
@@ -88,8 +88,8 @@ def _aucs(
         found += logistic_logits(fits, classes=2, c_grid=(1.0,))
     count = int(fold_x.max()) + 1
     of_fold = np.zeros((count, count))
-    for folds, held_out in zip(absent, found):
-        for fold, other, [logits] in zip(folds, folds[::-1], held_out):
+    for folds, parts in zip(absent, found):
+        for fold, other, [logits] in zip(folds, folds[::-1], parts):
             # Scores of different fits have different scales: AUC within the fold, then the mean.
             images, texts = np.split(logits[:, 0] - logits[:, 1], [int((fold_x == fold).sum())])
             of_fold[fold, other] = auc(images, texts)

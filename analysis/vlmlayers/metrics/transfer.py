@@ -19,13 +19,12 @@ from vlmlayers.metrics.checks import (
     Given,
     Labels,
     class_ids,
-    class_sums,
+    class_means,
     classes,
     matrix,
     refuse_width,
     varies,
 )
-from vlmlayers.metrics.readouts import class_means
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +72,7 @@ def within_scatter(x: Any, labels: Any) -> WithinScatter:
     """
     x = matrix(x, smallest_n=3)
     y = classes(labels, len(x))
-    counts = np.bincount(y)
-    means = class_sums(x, y, len(counts)) / counts[:, None]
-    deviations = x - means[y]
+    deviations = x - class_means(x, y, int(y.max()) + 1)[y]
     fourth = float(np.square(np.square(deviations).sum(axis=1)).sum())
     return WithinScatter(deviations.T @ deviations, len(x), fourth)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vlmlayers.arguments import checked
-from vlmlayers.metrics.checks import Array, Given, Labels, centred, class_sums, classes, parts
+from vlmlayers.metrics.checks import Array, Given, Labels, batches, centred, class_sums, classes
 
 DECADES = 0.25  # spacing of the grid of λ; the evidence is a sum of sigmoids of ln λ, each wider
 
@@ -40,8 +40,8 @@ def logme_relabelled(x: Any, labels: Labels) -> Array:
     projected, outside = (np.concatenate(of, axis=-1) for of in zip(*targets))
     # Centring takes one direction away from items and targets alike: n − 1 observations are left.
     evidence = np.concatenate([
-        _evidence(squared, projected[:, part], outside[part], len(x) - 1)
-        for part in parts(len(outside), len(squared))
+        _evidence(squared, projected[:, batch], outside[batch], len(x) - 1)
+        for batch in batches(len(outside), len(squared))
     ])  # fmt: skip
     ends = np.cumsum([len(own) for _, own in targets])[:-1]
     return np.array([part.mean() for part in np.split(evidence, ends)])

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.metrics.checks import Array, Labels, class_sums, unit_rows
+from vlmlayers.metrics.checks import Array, Labels, class_means, unit_rows
 from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import (
     bootstrap_weights,
@@ -109,8 +109,7 @@ def prompt_matrix(text: TowerFeatures, position: str, space: str) -> tuple[Array
     """Return one prompt feature per class (the mean of its unit prompts) and the class ids."""
     ids, member = np.unique(text.labels, return_inverse=True)
     # At length 1, as CLIP averages prompts: the longest of several would decide for all.
-    sums = class_sums(unit_rows(rows_of(text, position, space)), member, len(ids))
-    return sums / np.bincount(member)[:, None], ids
+    return class_means(unit_rows(rows_of(text, position, space)), member, len(ids)), ids
 
 
 def _add_zero_shot(point: Point, member: LayerFeatures, known: Labels, weights: Array) -> None:

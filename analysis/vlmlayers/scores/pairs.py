@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
 from vlmlayers.metrics.agreement import calibrated
-from vlmlayers.metrics.checks import Array, Labels, class_sums
+from vlmlayers.metrics.checks import Array, Labels, class_means
 from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import jackknife_groups, jackknife_interval
 from vlmlayers.metrics.table import METRICS, Metric
@@ -166,7 +166,7 @@ def _side(
     def together(x: Array) -> Array:
         if len(number) == len(of):
             return x
-        return class_sums(x, place, len(number)) / np.bincount(place)[:, None]
+        return class_means(x, place, len(number))
 
     arrays = {
         position: together(
@@ -219,7 +219,7 @@ def _aligned(
 
     def mean_of_classes(x: Array) -> Array:
         """Return means of classes: a class prompt has no image of its own to be paired with."""
-        return class_sums(_some(x, kept), number, len(common)) / np.bincount(number)[:, None]
+        return class_means(_some(x, kept), number, len(common))
 
     return _Rows(_class_keys(member, common), mean_of_classes)
 
