@@ -53,7 +53,7 @@ def report_markdown(answer: Answer, title: str, note: str, figures: Sequence[Dra
         shown = next(path for path in figure.files if path.suffix[1:] == figure.shown)
         parts += [f"![{esc(figure.caption)}](figures/{shown.name})", "", esc(figure.caption), ""]
     if answer.validation is not None:
-        parts += ["## Proof by training", ""]
+        parts += ["## Test by training", ""]
         parts += _told(answer.validation.verdict)
         if answer.validation.warning not in answer.validation.verdict:
             parts += [f"> Warning: {esc(answer.validation.warning)}.", ""]

@@ -333,7 +333,7 @@ class Answer:
         )
         if margins := self._margins():
             found.append(("Zero-shot margin", margins))
-        found.append(("Proved by training", self._proof()))
+        found.append(("Tested by training", self._proof()))
         return found
 
     def _margins(self) -> str:

@@ -65,8 +65,8 @@ def summary(run: Run) -> list[str]:
     lines += [*textwrap.wrap(answer.headline, 80), *textwrap.wrap(answer.lead, 80)]
     lines += _listed(answer.doubts)
     if answer.validation is not None:
-        proof = dict(answer.facts())["Proved by training"]
-        lines += ["Proved by training:", *_listed(clauses(proof))]
+        proof = dict(answer.facts())["Tested by training"]
+        lines += ["Tested by training:", *_listed(clauses(proof))]
     return [*lines, f"Report: {run.report}"]
 
 

@@ -214,7 +214,7 @@ def test_only_the_papers_placement_is_called_so(validated: Run) -> None:
             if one["reference"]} == {whole: "reference"}  # fmt: skip
     heads = [head for one in validation_tables(other) for head in one.headings]
     assert "HM against the reference [95 %]" in heads
-    proof = dict(replace(answer, validation=other).facts())["Proved by training"]
+    proof = dict(replace(answer, validation=other).facts())["Tested by training"]
     assert "the reference " in proof and "paper" not in proof + "".join(heads)
 
 
@@ -414,7 +414,7 @@ def test_a_validation_of_another_choice_is_told(tmp_path: Path) -> None:
     )
     assert "`" not in other.unproved  # as a page shows it
     assert "the choice was not trained" in written(run)
-    assert dict(other.facts())["Proved by training"].startswith("of the choice of then, v5-12,t5-")
+    assert dict(other.facts())["Tested by training"].startswith("of the choice of then, v5-12,t5-")
     assert summary_table([("a", other)]).rows[0][-1] == "–"
     # A method of the text tower, as CoOp, was trained where the choice is in that tower.
     assert answer.validation is not None and other.validation is not None
@@ -573,7 +573,7 @@ def test_doubts_are_a_list_and_firm_blocks_are_named(tmp_path: Path) -> None:
     assert "What the data leave open: - vision block 5" in told and "do not decide" not in told
     assert read_answer(make_run(tmp_path / "sure", small=True).folder).lead.endswith("this).")
     proof = " ".join(summary(make_run(tmp_path / "proved", small=True, validated=True)))
-    assert "Proved by training: The chosen placement did worse" in proof.replace("- The", "The")
+    assert "Tested by training: The chosen placement did worse" in proof.replace("- The", "The")
     assert dict(answer.facts())["Firm blocks"].startswith("vision 6–12, text 5–12 (")
     assert dict(answer.facts())["Open blocks"] == "vision 5, text none"
     assert answer.headline == (
@@ -655,7 +655,7 @@ def test_facts_of_a_validation_without_a_verdict_are_its_means(tmp_path: Path) -
     assert facts["Trained parameters"] == "8,000 at the chosen placement"
     (run.folder / "validation.json").unlink()
     means = pd.read_csv(run.validation).groupby("placement")["hm"].mean()
-    proved = dict(read_answer(run.folder).facts())["Proved by training"]
+    proved = dict(read_answer(run.folder).facts())["Tested by training"]
     ours = f"{means['v5-12,t5-12']:.3g}"
     assert proved == (
         f"the paper's {ours}, chosen {ours}, best {means.idxmax()} with harmonic mean "
@@ -668,9 +668,9 @@ def test_facts_of_a_validation_without_a_verdict_are_its_means(tmp_path: Path) -
     )
     facts = dict(read_answer(run.folder).facts())
     assert "Trained parameters" not in facts
-    assert "best v5-12,t5-12 and v5-12,t- with harmonic mean 62.9" in facts["Proved by training"]
+    assert "best v5-12,t5-12 and v5-12,t- with harmonic mean 62.9" in facts["Tested by training"]
     run.validation.unlink()
-    assert dict(read_answer(run.folder).facts())["Proved by training"].startswith("not yet; ")
+    assert dict(read_answer(run.folder).facts())["Tested by training"].startswith("not yet; ")
 
 
 def test_the_papers_placement_is_that_of_this_depth(tmp_path: Path) -> None:
@@ -1141,7 +1141,7 @@ def test_a_long_fact_is_listed_clause_by_clause_and_loses_nothing(tmp_path: Path
     assert '<span class="whole">v9-12</span>,<wbr>' in listed[1]
     meaning = "The blocks of both towers that an adapter acts in."
     assert listed[0].count(meaning) == 1 and meaning not in listed[1], "a word is explained once"
-    proof = (run.folder / "report.md").read_text().partition("## Proof by training\n\n")[2]
+    proof = (run.folder / "report.md").read_text().partition("## Test by training\n\n")[2]
     shown = [one.removeprefix("- ") for one in proof.partition("\n\n")[0].splitlines()]
     assert shown == [escape_markdown(one) for one in clauses]
 
