@@ -79,7 +79,7 @@ def resident_mib() -> float:
 
 def reset_peak() -> None:
     """Start measuring peak memory anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_mib() -> float:
@@ -88,7 +88,7 @@ def peak_mib() -> float:
 
 
 def _status(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"/proc/self/status has no {key}")

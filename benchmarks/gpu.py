@@ -80,7 +80,7 @@ def utilisation() -> Iterator[list[float]]:
     if script is None or DEVICE == "cpu":
         yield busy
         return
-    with TemporaryFile("w+") as file:
+    with TemporaryFile("w+", encoding="utf-8") as file:
         sampler = subprocess.Popen([script, *SAMPLE], stdout=file)
         try:
             yield busy

@@ -83,7 +83,7 @@ def _machine() -> str:
     """Return eight digits of what numbers this process: the machine, or a container on it."""
     # Machines that share files may bear one name. Containers number their processes anew.
     start, numbering = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    told = [start.read_text() if start.exists() else platform.node()]
+    told = [start.read_text(encoding="utf-8") if start.exists() else platform.node()]
     told += [str(numbering.stat().st_ino)] if numbering.exists() else []
     return checksum(" ".join(told))[:8]
 

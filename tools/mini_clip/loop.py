@@ -59,7 +59,7 @@ def load_recipe(path: Path = RECIPE, device: str = "cpu", **changes: Any) -> Rec
     Raises:
         UserError: A change names no setting of the recipe.
     """
-    recipe: Recipe = tomllib.loads(path.read_text())
+    recipe: Recipe = tomllib.loads(path.read_text(encoding="utf-8"))
     special = recipe.pop("gpu", {})
     if device != "cpu":
         recipe |= special

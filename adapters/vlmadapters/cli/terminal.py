@@ -78,7 +78,7 @@ def results_text(summary: pd.DataFrame, random_weights: bool = False, *, noted: 
     if not own.all():
         # What the backbone and shots of the first line are not.
         source = ", trained on ImageNet" * (ours["protocol"] != "base-to-novel")
-        shown = f"published: ViT-B/16 of OpenAI, 16 shots, 3 seeds{source}"
+        shown = f"published: ViT-B/16 of OpenAI, 16 shots{source}; 3 seeds, where sources name them"
         lines += textwrap.wrap(shown, WIDTH)
         flagged = summary[~own & summary["note"].str.startswith(FLAG)]
         for (where, method), part in flagged.groupby(["dataset", "method"], sort=False):

@@ -80,7 +80,7 @@ def test_long_placements_notes_and_published_rows_stay_within_80_columns() -> No
     assert "RANDOM" in text.splitlines()[0]
     assert "MMA (published)" in text
     assert "training changed nothing" in text
-    assert "published: ViT-B/16 of OpenAI, 16 shots, 3 seeds" in text
+    assert "published: ViT-B/16 of OpenAI, 16 shots; 3 seeds, where sources name them" in text
     assert "MMA (published), ucf101, novel: inconsistent as printed" in text
     assert " 1,280 " in text, "a count, although published rows have none"
 
