@@ -107,6 +107,8 @@ class LinearProbe(Method):
         probe: Any = LogisticRegression(C=c, max_iter=self.config.iterations, tol=1e-6)
         with warnings.catch_warnings():  # a fit that is not at its end is judged by its hits
             warnings.simplefilter("ignore", ConvergenceWarning)
+            # Of one shot labels are all unlike, as those of a regression are.
+            warnings.filterwarnings("ignore", "The number of unique classes")
             probe.fit(x.numpy(), labels.numpy())
         weight, bias = torch.from_numpy(probe.coef_), torch.from_numpy(probe.intercept_)
         if len(weight) == 1:  # of two classes, scikit-learn gives the second one's alone

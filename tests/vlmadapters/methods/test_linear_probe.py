@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,20 @@ def test_the_fit_is_the_optimum_of_penalised_cross_entropy(count: int) -> None:
     assert method.parameter_count() == count * 33
     found = method.logits(backbone, features(), classes)
     torch.testing.assert_close(found, (x @ weight.T + bias).float().detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_one_shot_of_many_classes_is_fitted_without_a_warning() -> None:
+    """scikit-learn warns that labels which are all unlike may be those of a regression."""
+    model = shared_backbone()
+    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    task = Task(tuple(f"kind {number}" for number in range(24)))
+    method = LinearProbe.build(LinearProbeConfig(inverse_penalties=(1e3,)), backbone, task)
+    seen = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    classes, labels = method.prepare(backbone, task), torch.arange(24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.fit(FitData(backbone, classes, labels, lambda view: seen))
+    assert torch.equal(method.logits(backbone, seen, classes).argmax(1), labels)
 
 
 def test_the_penalty_with_most_validation_hits_is_taken() -> None:
