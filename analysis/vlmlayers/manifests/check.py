@@ -61,7 +61,8 @@ class CheckResult:
         text = f"{self.name}: {self.state}"
         if self.state == "built-in":
             return f"{text}, {sum(self.listed.values()):,} items drawn by code"
-        text += f", {self.found:,} of {self.found + self.missing:,} images here"
+        if self.folder:  # else the lists could not be read, and no image was looked for
+            text += f", {self.found:,} of {self.found + self.missing:,} images here"
         if self.first_missing:
             more = ", …" if self.missing > len(self.first_missing) else ""
             text += f"; not in {self.folder}: {', '.join(self.first_missing)}{more}"
@@ -117,9 +118,16 @@ def compare(
     spec, expected = place.spec, dict(place.spec.counts)
     listed = {split: len(items) for split, items in by_split.items()}
     items = [item for part in by_split.values() for item in part]
-    short, notes = _compare(expected, listed, spec.classes, classes, spec.layout)
-    notes += _repeated(by_split)
-    present, lost = len(items) - len(missing), len(missing) + short
+    fewer = {}
+    if spec.layout in ("folder", "shards", "huggingface"):  # these list what is there
+        fewer = {split: n - listed.get(split, 0) for split, n in expected.items()}
+        fewer = {split: lack for split, lack in fewer.items() if lack > 0}
+    others = {split: listed.get(split, 0) for split in expected if split not in fewer}
+    notes = unexpected(spec, others, classes) + _repeated(by_split)
+    if fewer and len(expected) > 1:
+        parts = (f"{split} {listed.get(split, 0):,} of {expected[split]:,}" for split in fewer)
+        remarks = (", ".join(parts), *remarks)
+    present, lost = len(items) - len(missing), len(missing) + sum(fewer.values())
     return CheckResult(
         place.name,
         _state(present, lost, bool(notes), bool(unreadable)),
@@ -173,24 +181,16 @@ def _state(found: int, missing: int, odd: bool, unreadable: bool) -> str:
     return "incomplete" if missing else "complete"
 
 
-def _compare(
-    expected: Mapping[str, int],
-    listed: Mapping[str, int],
-    classes: int | None,
-    found: int,
-    layout: str,
-) -> tuple[int, tuple[str, ...]]:
-    """Return how many items fewer there are than expected, and what is odd."""
-    notes, short = [], 0
-    for split, count in expected.items():
-        have = listed.get(split, 0)
-        if have < count and layout in ("folder", "shards", "huggingface"):
-            short += count - have  # these layouts list what is there
-        elif have != count:
-            notes.append(f"{split} lists {have:,} items where {count:,} are expected")
-    if classes is not None and found != classes:
-        notes.append(f"{counted(found, 'class')} where {classes} are expected")
-    return short, tuple(notes)
+def unexpected(spec: Spec, listed: Mapping[str, int], classes: int) -> tuple[str, ...]:
+    """Return where classes and listed items differ from what a manifest expects, one line each."""
+    notes = [
+        f"{split} lists {have:,} items where {spec.counts[split]:,} are expected"
+        for split, have in listed.items()
+        if have != spec.counts.get(split, have)
+    ]
+    if spec.classes is not None and classes != spec.classes:
+        notes.append(f"{counted(classes, 'class')} where {spec.classes} are expected")
+    return tuple(notes)
 
 
 def _repeated(by_split: Mapping[str, Sequence[Item]]) -> tuple[str, ...]:

@@ -16,7 +16,15 @@ from vlmlayers.data import builtin
 from vlmlayers.errors import NotJPEG, UserError, check_one_of
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import catalogue
-from vlmlayers.manifests.check import SHOWN, CheckResult, built_in, compare, copies, not_listed
+from vlmlayers.manifests.check import (
+    SHOWN,
+    CheckResult,
+    built_in,
+    compare,
+    copies,
+    not_listed,
+    unexpected,
+)
 from vlmlayers.manifests.html import manifest_html
 from vlmlayers.manifests.identify import identify
 from vlmlayers.manifests.items import SPLITS, Item, balanced_sample, stratified_split
@@ -128,15 +136,19 @@ class Manifest:
     @checked
     def splits(self, root: Root = None) -> tuple[str, ...]:
         """Return the splits the dataset has, a declared carve-out included."""
-        found = layout_of(self.place(root)).splits()
-        carved = tuple(split for split in self.spec.carve if split not in found)
-        return tuple(split for split in SPLITS if split in (*found, *carved))
+        return self._splits(layout_of(self.place(root)))
+
+    def _splits(self, layout: Layout) -> tuple[str, ...]:
+        found = {*layout.splits(), *self.spec.carve}
+        return tuple(split for split in SPLITS if split in found)
 
     @checked
     def class_names(self, root: Root = None) -> tuple[str, ...]:
         """Return the class names by label, after renames and filters; () without classes."""
-        names = self._names(layout_of(self.place(root)))
-        return tuple(name for name in names if name is not None)
+        return self._kept_names(layout_of(self.place(root)))
+
+    def _kept_names(self, layout: Layout) -> tuple[str, ...]:
+        return tuple(name for name in self._names(layout) if name is not None)
 
     def require_classes(self, purpose: str, root: Root = None) -> None:
         """Refuse captioned images without classes.
@@ -200,24 +212,27 @@ class Manifest:
             items = self._split_items(split, root)
         return self.present(items, root, split) if present_only else items
 
-    def _split_items(self, split: str, root: Root, *, quiet: bool = False) -> list[Item]:
+    def _split_items(self, split: str, root: Root) -> list[Item]:
         layout = layout_of(self.place(root))
+        items = self._listed(split, layout)
+        differ = unexpected(self.spec, {split: len(items)}, len(self._kept_names(layout)))
+        for remark in (*differ, *self._remarks(layout)):
+            _say_once(f"{self.name}: {remark}")
+        return items
+
+    def _listed(self, split: str, layout: Layout) -> list[Item]:
         found = layout.splits()
         carve = self.spec.carve if "val" not in found and "train" in found else {}
         if split not in found and split not in carve:
-            have = ", ".join(self.splits(root)) or "none on this machine"
+            have = ", ".join(self._splits(layout)) or "none on this machine"
             raise UserError(
                 f"{self.name} has no split {split!r}; it has: {have}"
                 + ("; `carve` in a manifest makes a val of train" if split == "val" else "")
             )
         if carve and split in ("train", "val"):
             shares = {"val": carve["val"], "train": 1 - carve["val"]}
-            items = stratified_split(self._named(layout.items("train"), layout), shares)[split]
-        else:
-            items = self._named(layout.items(split), layout)
-        for remark in () if quiet else self._remarks(layout):
-            _say_once(f"{self.name}: {remark}")
-        return items
+            return stratified_split(self._named(layout.items("train"), layout), shares)[split]
+        return self._named(layout.items(split), layout)
 
     def remarks(self, root: Root = None) -> tuple[str, ...]:
         """Return what reading leaves out or takes otherwise than written, and classes alike."""
@@ -227,8 +242,7 @@ class Manifest:
         return self._remarks(layout)
 
     def _remarks(self, layout: Layout) -> tuple[str, ...]:
-        names = self._names(layout)
-        return (*layout.remarks(), *remarks_on(name for name in names if name is not None))
+        return (*layout.remarks(), *remarks_on(self._kept_names(layout)))
 
     def _named(self, items: list[Item], layout: Layout) -> list[Item]:
         """Apply renames and filters; labels close up where classes are left out."""
@@ -404,9 +418,11 @@ class Manifest:
         if self.layout == "builtin":
             return built_in(self.name, self.spec)
         try:
-            # The result has the remarks, which the log would say a second time.
-            by_split = {s: self._split_items(s, root, quiet=True) for s in self.splits(root)}
-            classes, remarks = len(self.class_names(root)), self.remarks(root)
+            # One layout, which lists a million files once. The result has the remarks, which the
+            # log would say a second time.
+            layout = layout_of(self.place(root))
+            by_split = {split: self._listed(split, layout) for split in self._splits(layout)}
+            classes, remarks = len(self._kept_names(layout)), self._remarks(layout)
         except UserError as error:
             return not_listed(self.name, self.spec, error)
         items = [item for part in by_split.values() for item in part]

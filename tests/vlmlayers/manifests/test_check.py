@@ -10,7 +10,8 @@ from data_fixtures import coop_dataset, folder_dataset, picture, write_manifest,
 from PIL import Image
 
 from vlmlayers.errors import UserError
-from vlmlayers.manifests import Manifest, check_table, exit_code, list_table
+from vlmlayers.manifests import Item, Manifest, check_table, exit_code, list_table
+from vlmlayers.manifests.layouts.folder import FolderLayout
 
 ROWS = [[f"{name}/{i}.png", label, name] for label, name in enumerate("ab") for i in range(5)]
 
@@ -72,6 +73,52 @@ def test_folders_with_fewer_or_more_images(tmp_path: Path) -> None:
     result = gone.check(root=tmp_path)
     assert (result.state, result.missing) == ("missing", 9)
     assert result.line().count("get it") == 1
+    # Of images that nobody looked for, as without a split file, no number is said.
+    assert result.line().startswith(f"sample: missing; no folder {tmp_path / 'x'}; get it")
+    broken = coop_dataset(tmp_path, "{", expect(9)).check()
+    assert broken.line().startswith("sample: unusable; ") and "images here" not in broken.line()
+
+
+def test_a_line_says_which_split_is_short(tmp_path: Path) -> None:
+    """As where of ImageNet only the validation images are there."""
+    text = 'split_folders = { train = "train", test = "val" }\n'
+    text += "counts = { train = 1300, test = 4 }\nclasses = 2"
+    paths = [f"val/{name}/{i}.png" for name in "ab" for i in range(2)]
+    found = folder_dataset(tmp_path, paths, text).check()
+    assert (found.state, found.missing, found.notes) == ("incomplete", 1300, ())
+    assert found.line() == "sample: incomplete, 4 of 1,304 images here; train 0 of 1,300"
+    (tmp_path / paths[0]).unlink()
+    assert "; train 0 of 1,300, test 3 of 4" in folder_dataset(tmp_path, [], text).check().line()
+
+
+def test_use_tells_what_is_not_as_expected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A part of ImageNet's classes is an easier task, whose accuracy looks like the whole one's."""
+    splits = 'split_folders = { train = "t" }\n'
+    paths = [f"t/{name}/1.png" for name in "ab"]
+    whole = folder_dataset(tmp_path, paths, splits + expect(2))
+    assert whole.items("train") and not caplog.messages
+    part = folder_dataset(tmp_path, [], splits + "counts = { train = 9 }\nclasses = 3")
+    assert len(part.items("train")) == len(part.items("train")) == 2
+    assert caplog.messages == [
+        "sample: train lists 2 items where 9 are expected",
+        "sample: 2 classes where 3 are expected",
+    ]
+
+
+def test_a_check_lists_each_split_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ImageNet's million files on a network disk a listing takes minutes."""
+    text = 'split_folders = { train = "t", test = "v" }'
+    manifest = folder_dataset(tmp_path, ["t/a/1.png", "t/b/1.png", "v/a/1.png"], text)
+    asked, items = list[str](), FolderLayout.items
+
+    def counting(layout: FolderLayout, split: str) -> list[Item]:
+        asked.append(split)
+        return items(layout, split)
+
+    monkeypatch.setattr(FolderLayout, "items", counting)
+    assert manifest.check().ok and asked == ["train", "test"]
 
 
 def test_full_check_decodes_every_image(tmp_path: Path) -> None:
