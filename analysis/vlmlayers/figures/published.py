@@ -21,6 +21,7 @@ from vlmlayers.figures.inputs import (
 from vlmlayers.figures.render import TableCell
 from vlmlayers.files import read_toml, shipped
 from vlmlayers.scores.summaries import harmonic_mean
+from vlmlayers.words import counted
 
 AVERAGE = "average"
 RESULT_COLUMNS = (
@@ -96,7 +97,7 @@ def _setting(row: dict[Any, Any], source: str) -> str:
     """Name a run in a heading: what was trained where, on which model, with how many shots."""
     weights = f" ({row['weights']})" if row["weights"] else ""
     placement = f" {row['placement']}" if row["placement"] else ""
-    shots = f", {int(float(row['shots']))} shots" if float(row["shots"] or 0) else ""
+    shots = f", {counted(int(float(row['shots'])), 'shot')}" if float(row["shots"] or 0) else ""
     other = source and row["source"] and dataset_key(row["source"]) != dataset_key(source)
     origin = f", from {row['source']}" if other else ""
     return f"own: {row['method']}{placement}, {row['model']}{weights}{shots}{origin}"

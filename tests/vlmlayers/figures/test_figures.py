@@ -392,7 +392,8 @@ def test_runs_that_disagree_on_a_cell_are_settings_of_their_own(
     """Other recipes or weights under the same names; what agrees are seeds of one setting."""
     rows = results({"mma": 0.0}, ("eurosat",))
     runs = {"first": rows[rows.seed < 3], "more": rows[rows.seed > 1],
-            "other": rows[rows.seed > 2].assign(accuracy=0.9)}  # fmt: skip
+            "other": rows[rows.seed > 2].assign(accuracy=0.9),
+            "single": rows.assign(shots=1)}  # fmt: skip
     for name, part in runs.items():
         (tmp_path / name).mkdir()
         part.to_csv(tmp_path / name / "results.csv", index=False)
@@ -406,6 +407,7 @@ def test_runs_that_disagree_on_a_cell_are_settings_of_their_own(
     assert seeds("first", "more") == {setting: 3}
     named = {name: f"{setting}, {inputs.short(tmp_path / name)}" for name in runs}
     assert seeds("more", "other") == {named["more"]: 2, named["other"]: 1}
+    assert seeds("single") == {setting.replace("16 shots", "1 shot"): 3}
 
 
 def test_zero_shot_rows_of_two_templates_have_no_common_mean(

@@ -131,9 +131,11 @@ class FolderLayout(Layout):
             )
         unknown = [word for word in words if keys and word not in keys]
         if unknown:
+            file = self.place.find(spec.class_name_file, "the file of class names")
             raise UserError(
-                f"{self.place.name}: no class name for the folder {unknown[0][:80]!r} "
-                f"({len(unknown)} such) in the file of class names"
+                f"{self.place.name}: {file} has no name for {len(unknown)} of {len(words)} class "
+                f"folders in {self.place.images}, first {unknown[0][:80]!r}; move what is no class "
+                "out of there, or add its line"
             )
         names = spec.class_names or tuple(keys.get(word, word) for word in words)
         label_of = {word: label for label, word in enumerate(words)}
