@@ -37,7 +37,7 @@ import collections.abc
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cache, wraps
 from inspect import Parameter, Signature, signature
@@ -107,6 +107,14 @@ def plain_number(value: Any) -> Any:
         return value
 
 
+def in_order(given: Any) -> Any:
+    """Return a collection that says what comes first; a set and a mapping are refused."""
+    if isinstance(given, Set | Mapping) or not isinstance(given, Iterable):
+        raise TypeError
+    return given
+
+
+InOrder = Annotated[Collection[Any], Takes("a sequence in order", convert=in_order)]
 Position = Annotated[
     str, Takes("a position such as 'embed', 6 or 'proj'", "positions", convert=plain_number)
 ]

@@ -21,6 +21,7 @@ PROMPTED = (
 )
 APART = " to tell apart"
 UNTOLD = "has no captions; use text='prompts' (--text prompts)"
+UNGIVEN = "has no captions; give texts=, one or several per image, or leave text='captions' out"
 EXAMINED = (
     ", by prompts of which a model is examined; leave out the metrics that "
     "`vlmlayers score --list` marks with +"

@@ -132,7 +132,7 @@ def upright(image: Image.Image, name: str) -> Image.Image:
 def _used(handle: BinaryIO, name: str, size: int, use: Callable[[BinaryIO, str], T]) -> T:
     if size == 0:
         raise UnreadableImage(f"{name} is empty (0 bytes)")
-    with _faults_named(name):
+    with faults_named(name):
         return use(handle, name)
 
 
@@ -167,7 +167,7 @@ def _jpeg(handle: BinaryIO, name: str) -> tuple[bytes, int]:
 
 
 @contextmanager
-def _faults_named(name: str) -> Iterator[None]:
+def faults_named(name: str) -> Iterator[None]:
     """Turn what Pillow raises of a file into one line."""
     try:
         yield
@@ -183,6 +183,8 @@ def _faults_named(name: str) -> Iterator[None]:
 
 def _expect_size(image: Image.Image, name: str) -> None:
     width, height = image.size
+    if not width * height:
+        raise UnreadableImage(f"{name} has {width} x {height} pixels; it is empty")
     if width * height > LARGEST:
         raise UnreadableImage(
             f"{name} has {width} x {height} pixels; more than {LARGEST:,} are refused"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlmlayers.arguments import Seed, Takes, checked
+from vlmlayers.arguments import InOrder, Seed, Takes, checked, in_order
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
@@ -27,20 +27,13 @@ from vlmlayers.models.recording import Recorder
 from vlmlayers.models.vlm import VLM, LoadedModel
 from vlmlayers.models.work import Texts, Work
 from vlmlayers.options import takes, validated
-from vlmlayers.prompts import PROMPTED, UNTOLD, remarks_on
+from vlmlayers.prompts import PROMPTED, UNGIVEN, UNTOLD, remarks_on
 from vlmlayers.words import counted
 
 LOG = logging.getLogger(__name__)
 
 
-def _in_order(given: Any) -> Any:
-    if isinstance(given, Set):
-        raise TypeError  # what comes first, and so which image it is of, nothing says
-    return given
-
-
-InOrder = Annotated[Collection[Any], Takes("a sequence in order", convert=_in_order)]
-NamesInOrder = Annotated[Sequence[str], Takes("strings in the order of labels", convert=_in_order)]
+NamesInOrder = Annotated[Sequence[str], Takes("strings in the order of labels", convert=in_order)]
 _LOOKED_AT = 8  # images that are in memory
 # Of prepared tensors, a share of values may be beyond white: bicubic resizing of floats overshoots.
 _OVERSHOOT, _FEW = 0.02, 0.01
@@ -79,10 +72,11 @@ def extract(
     Args:
         model: What `load_model` returns.
         data: A `Manifest`, its name, or a path of one or of a folder of images; or data in memory:
-            a list of PIL images, paths, arrays (height, width[, channel]) or (image, label) pairs;
-            an array (image, height, width, channel); a torch `Dataset`, or the `DataLoader` of one;
-            torchvision's `ImageFolder`; a `datasets.Dataset` of Hugging Face. Floating tensors
-            count as prepared for the model; all else is prepared as the model wants it.
+            a list of PIL images, paths, arrays (height, width[, channel]) or (image, label) pairs,
+            for `captions` (image, caption) or (image, captions) pairs; an array (image, height,
+            width, channel); a torch `Dataset`, or the `DataLoader` of one; torchvision's
+            `ImageFolder`; a `datasets.Dataset` of Hugging Face. Floating tensors count as prepared
+            for the model; all else is prepared as the model wants it.
         split: `train`, `val` or `test`; only a name in tables for data in memory.
         labels: (image,) classes of images in memory: numbers from 0, or names.
         class_names: Their names by label; what the data say where None.
@@ -105,8 +99,9 @@ def extract(
             unreadable images, NaN or Inf features, a store of another identity, or any argument
             that names nothing known.
     """
-    captions = texts if options.get("text") == "captions" else None
-    manifest = _manifest(data, labels, class_names, name, captions, progress)
+    captioned = options.get("text") == "captions"
+    captions = texts if captioned else None
+    manifest = _manifest(data, labels, class_names, name, captions, progress, captioned)
     own: dict[str, Any] = {
         "items": items, "root": root, "template": template, "seed": seed, "progress": progress,
     }  # fmt: skip
@@ -186,6 +181,7 @@ def _manifest(
     name: str | None,
     captions: Collection[Any] | None,
     progress: bool,
+    captioned: bool,
 ) -> Any:
     """Return the dataset of any data.
 
@@ -193,7 +189,7 @@ def _manifest(
         UserError: The object is not a dataset, or states itself what was given beside it.
     """
     if not isinstance(data, str | os.PathLike) and not is_manifest(data):
-        return own_data(data, labels, class_names, name, captions, progress)
+        return own_data(data, labels, class_names, name, captions, progress, captioned)
     beside = {"labels": labels, "class_names": class_names, "name": name, "captions": captions}
     for what, given in beside.items():
         if given is not None:
@@ -344,7 +340,8 @@ def _texts(
         return Texts(options.text, prompts, np.arange(len(names), dtype=np.int64), pattern)
     rows = [(row, caption) for row, item in enumerate(items) for caption in item.captions]
     if not rows:
-        raise UserError(f"{manifest.name} {UNTOLD}")
+        own = isinstance(manifest, OwnData)
+        raise UserError(f"{manifest.name} {UNGIVEN if own else UNTOLD}")
     pairs = np.array([row for row, _ in rows], dtype=np.int64)
     labels = np.array([items[row].label for row, _ in rows], dtype=np.int64)
     return Texts(options.text, tuple(caption for _, caption in rows), labels, "", pairs)

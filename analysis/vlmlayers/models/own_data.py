@@ -26,6 +26,7 @@ from torch.utils.data import (
 
 from vlmlayers.data.readers import (
     eight_bit,
+    faults_named,
     forget_ranges,
     is_negative,
     note_range,
@@ -44,6 +45,7 @@ LOG = logging.getLogger(__name__)
 NAME = "own data"
 _IMAGES = ("image", "img", "pixel_values", "jpg", "png")
 _LABELS = ("label", "labels", "target", "fine_label", "cls")
+_CAPTIONS = ("caption", "captions", "text")
 TWICE = 8  # rows; a flip of every second image escapes 8 of them once in 256 times
 _SEVERAL = ", ".join(("PIL images", "arrays", "(image, label) pairs"))
 
@@ -134,6 +136,7 @@ def own_data(
     name: str | None = None,
     captions: Collection[Any] | None = None,
     progress: bool = False,
+    captioned: bool = False,
 ) -> OwnData:
     """Return any common holder of images as extraction takes a dataset.
 
@@ -147,12 +150,16 @@ def own_data(
         name: Name for tables; what the data call themselves, or "own data".
         captions: (image,) a text, or several, for each image.
         progress: Whether to show a bar while a dataset is read for labels and identity.
+        captioned: Whether words in place of labels are captions where there are no others.
 
     Raises:
         UserError: The object holds no images, labels or captions are not one for each, or there are
             names of classes and no labels.
     """
     held = _held(data, progress)
+    untold = captioned and captions is None and held.captions is None
+    if untold and held.labels and all(map(_worded, held.labels)):
+        captions, held.labels = held.labels, None
     if labels is not None:
         held.labels = list(labels.tolist() if hasattr(labels, "tolist") else labels)
     count = len(held.marks)
@@ -178,7 +185,7 @@ def own_data(
     names = names or tuple(f"class {i}" for i in range(max(numbers) + 1))
     texts = held.captions
     if captions is not None:
-        texts = [_texts_of(one, row) for row, one in enumerate(captions)]
+        texts = _all_texts(captions)
     ids = held.ids or list(map(str, range(count)))
     listed = tuple(
         Item(ids[row], label, names[label], texts[row] if texts else ())
@@ -208,7 +215,11 @@ class _Held:
 
 def _held(data: Any, progress: bool) -> _Held:
     if isinstance(data, Mapping):
-        raise UserError(f"the data have splits; give one of them: {', '.join(map(str, data))}")
+        first = next(iter(data), "train")
+        raise UserError(
+            f"the data are several parts by name; give one of them, such as data[{first!r}]: "
+            f"{', '.join(map(str, data))}"
+        )
     # By what they can do, not by class: none of these libraries has to be installed.
     if hasattr(data, "column_names") and hasattr(data, "features"):
         return _hugging_face(data)
@@ -284,12 +295,14 @@ def _sequence(data: Any, progress: bool) -> _Held:
     """Read a list or torch dataset once, for its labels and for what tells its content."""
     marks: list[str] = []
     labels: list[Any] = []
+    captions: list[Any] = []
     for row in track(range(len(data)), "reading labels", unit="image", show=progress):
-        image, label = _parts(data[row], row)
+        image, label, caption = _parts(data[row], row)
         if isinstance(image, str | Path) and (image in Manifest.names() or Path(image).is_dir()):
             raise UserError(f"{image} is a dataset, not an image; give one dataset at a time")
-        marks.append(_mark(image))
+        marks.append(_mark(image, row))
         labels.append(label)
+        captions.append(caption)
     known = [label is not None for label in labels]
     if any(known) and not all(known):
         raise UserError(f"image {known.index(False)} has no label, others have")
@@ -300,12 +313,13 @@ def _sequence(data: Any, progress: bool) -> _Held:
         tuple(marks),
         labels if known and all(known) else None,
         getattr(data, "classes", None) or getattr(inner, "classes", None) or (),
+        captions=_all_texts(captions) if any(captions) else None,
     )
 
 
 def _tell_random(read: Callable[[int], Any], marks: Sequence[str]) -> None:
     """Warn where images read again are others, as behind a transform that augments."""
-    differ = [row for row, mark in enumerate(marks) if _mark(read(row)) != mark]
+    differ = [row for row, mark in enumerate(marks) if _mark(read(row), row) != mark]
     if differ:
         LOG.warning(
             "image %d is another one each time it is read, as a transform that augments makes it; "
@@ -315,17 +329,24 @@ def _tell_random(read: Callable[[int], Any], marks: Sequence[str]) -> None:
         )
 
 
-def _parts(sample: Any, row: int) -> tuple[Any, Any]:
-    """Return image and label of one sample; the label is None where there is none."""
+def _parts(sample: Any, row: int) -> tuple[Any, Any, Any]:
+    """Return image, label (None where there is none) and captions of one sample."""
     if isinstance(sample, Mapping):
         key = next((key for key in _IMAGES if key in sample), None)
         if key is None:
             raise UserError(f"sample {row} has keys {', '.join(map(str, sample))} but no 'image'")
         label = next((sample[key] for key in _LABELS if key in sample), None)
-        return sample[key], _plain(label)
+        beside = (sample[key] for key in _CAPTIONS if key in sample)
+        return sample[key], _plain(label), next(filter(_worded, beside), ())
     if isinstance(sample, tuple | list):
-        return sample[0], _plain(sample[1]) if len(sample) > 1 else None
-    return sample, None
+        return sample[0], _plain(sample[1]) if len(sample) > 1 else None, ()
+    return sample, None, ()
+
+
+def _worded(captions: Any) -> bool:
+    """Return whether these are a text or several; under their names may be numbers of tokens."""
+    several = captions if isinstance(captions, tuple | list) else (captions,)
+    return bool(several) and all(isinstance(one, str) for one in several)
 
 
 def _plain(label: Any) -> Any:
@@ -365,13 +386,13 @@ def _hugging_face(data: Any) -> _Held:
             "counts to 'label' (data.rename_column), or remove the others"
         )
     label = label or next(iter(classes), None)
-    captions = next((key for key in ("caption", "captions", "text") if key in kinds), None)
+    captions = next((key for key in _CAPTIONS if key in kinds), None)
     if len(data) and data.format["type"] == "custom":  # a transform, such as one of a training
         if image not in data[0]:
             raise UserError(
                 f"the transform of the data leaves no column {image!r}; give data.with_format(None)"
             )
-        first = [_mark(data[row][image]) for row in range(min(TWICE, len(data)))]
+        first = [_mark(data[row][image], row) for row in range(min(TWICE, len(data)))]
         _tell_random(lambda row: data[row][image], first)
     plain = data.with_format(None)  # a transform would run on every image for its label alone
     names = getattr(data.features[label], "names", ()) if label else ()
@@ -382,7 +403,7 @@ def _hugging_face(data: Any) -> _Held:
         list(plain[label]) if label else None,
         names,
         str(getattr(data.info, "dataset_name", "") or ""),
-        [_texts_of(one, row) for row, one in enumerate(plain[captions])] if captions else None,
+        _all_texts(plain[captions]) if captions else None,
         unread=[key for key in kinds if key not in (image, label, captions)],
     )
 
@@ -398,6 +419,10 @@ def _of_files(files: Sequence[str], row: int) -> Any:
 
 def _of_table(data: Any, column: str, row: int) -> Any:
     return _picture(data[row][column], row)
+
+
+def _all_texts(captions: Iterable[Any]) -> list[tuple[str, ...]]:
+    return [_texts_of(one, row) for row, one in enumerate(captions)]
 
 
 def _texts_of(one: Any, row: int) -> tuple[str, ...]:
@@ -472,10 +497,13 @@ def _here(image: Tensor) -> Tensor:
 
 def _what(image: Any) -> str:
     shape = getattr(image, "shape", None)
-    return f"a {type(image).__name__}" + ("" if shape is None else f" of shape {tuple(shape)}")
+    kind = f" of {image.dtype}" if getattr(image, "dtype", None) in (bool, object) else ""
+    return f"a {type(image).__name__}{kind}" + (
+        "" if shape is None else f" of shape {tuple(shape)}"
+    )
 
 
-def _mark(image: Any) -> str:
+def _mark(image: Any, row: int = 0) -> str:
     """Return what tells an image from others: its content, or size and time of its file."""
     if isinstance(image, str | Path):
         try:
@@ -485,7 +513,12 @@ def _mark(image: Any) -> str:
         # Not the content: to read every file would cost as much as the extraction.
         return f"{image} {status.st_size} {status.st_mtime_ns}"
     if isinstance(image, Image.Image):
-        content, head = image.tobytes(), f"{image.mode} {image.size}"
+        with faults_named(f"image {row}"):  # its file may be cut short
+            try:
+                image.load()
+            except AssertionError:  # of Pillow, after a `with` around the opening
+                raise ValueError("its file was closed before it was read") from None
+            content, head = image.tobytes(), f"{image.mode} {image.size}"
         # What turns or colours the same bytes in another way; most images have none of it.
         turned = image.getexif().get(ExifTags.Base.Orientation)
         beside = (turned, image.getpalette(), image.info.get("transparency"))

@@ -488,6 +488,37 @@ def test_workers_decode_data_in_memory(expected):
     np.testing.assert_allclose(features["vision"][3], expected["native"]["3"], atol=1e-5)
 
 
+def opened(size=None):
+    file = io.BytesIO()
+    Image.fromarray(PIXELS[0]).save(file, "png")
+    return Image.open(io.BytesIO(file.getvalue()[:size]))
+
+
+def closed():
+    with opened() as image:
+        return image
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda image, several: (image, several[0]),
+        lambda image, several: (image, several),
+        lambda image, several: {"image": image, "label": 0, "caption": several},
+    ],
+)
+def test_captions_beside_images_are_read_as_those_that_are_given(beside):
+    captions = [[f"a {NAMES[label]}"] + ["two"] * (row % 3) for row, label in enumerate(LABELS)]
+    pairs = [beside(image, several) for image, several in zip(PIXELS, captions)]
+    firsts = isinstance(pairs[0], tuple) and isinstance(pairs[0][1], str)
+    given = [several[:1] if firsts else several for several in captions]
+    found = vl.extract(MODEL, pairs, text="captions", **QUIET)
+    expected = vl.extract(MODEL, PIXELS, texts=given, text="captions", **QUIET)
+    np.testing.assert_array_equal(found.text.pairs, expected.text.pairs)
+    np.testing.assert_array_equal(found.text[3], expected.text[3])
+    assert found.class_names == ("class 0",)  # captions are no classes
+
+
 @pytest.mark.parametrize(
     ("data", "beside", "message"),
     [
@@ -502,7 +533,12 @@ def test_workers_decode_data_in_memory(expected):
         ([], {}, "the data hold no images"),
         (pd.DataFrame({"path": ["a.png"]}), {}, "a table in memory is no dataset; write it with"),
         (5, {}, "data takes a dataset's name, path or Manifest, .*not a value of type int"),
-        ({"train": PIXELS}, {}, "the data have splits; give one of them: train"),
+        ({"train": PIXELS}, {}, r"give one of them, such as data\['train'\]: train"),
+        ([np.zeros((0, 8, 3), np.uint8)], {}, "image 0 has 8 x 0 pixels; it is empty"),
+        ([np.zeros((8, 8), bool)], {}, r"image 0 is a ndarray of bool of shape \(8, 8\); an image"),
+        ([closed()], {}, "image 0 cannot be decoded: its file was closed before"),
+        ([opened(-400)], {}, "image 0 cannot be decoded: image file is truncated"),
+        (PIXELS, {"text": "captions"}, "own data has no captions; give texts=, one or several per"),
         ("faces", {"labels": LABELS}, "a dataset says its labels itself"),
         ([torch.zeros(3, 8, 8)], {}, r"takes \(3, 32, 32\); these have shape \(3, 8, 8\)"),
         (["faces", "signs"], {}, "faces is a dataset, not an image; give one dataset at a time"),
