@@ -146,6 +146,15 @@ def test_features_are_walked_by_the_names_that_brackets_take() -> None:
         (lambda: arrays().take_images([0.5]), "0.5 at item 0; expected whole numbers"),
         (lambda: arrays().take_images([True]), "a mask of shape (1,) is not of 4 items"),
         (lambda: arrays().vision.take(np.ones((4, 2), bool)), "a mask of shape (4, 2) is not of"),
+        (lambda: arrays().take_images(slice(2)), "rows takes row numbers in order, or a mask, not"),  # type: ignore[arg-type]
+        (lambda: arrays().vision.take(3), "rows takes row numbers in order, or a mask, not 3"),
+        (lambda: arrays().save(None), "path takes a string or a path, not None"),  # type: ignore[arg-type]
+        (lambda: arrays(labels={3, 2, 1, 0}), "labels takes a sequence in order or None, not a"),
+        (
+            lambda: vl.LayerFeatures.from_arrays(np.ones((2, 4, 3))),  # type: ignore[arg-type]
+            "vision takes a mapping from positions to arrays or None, not a value",
+        ),
+        (lambda: score(positions=[]), "positions is []; a list of at least 1 is needed"),
         (lambda: score(many(1)[0].vision), "features takes LayerFeatures, not a value"),
         (lambda: extract(pooling="cls,mean"), "pooling"),
         (lambda: score(positions="12"), "unknown position '12'"),

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmlayers.arguments import Position, checked
+from vlmlayers.arguments import InOrder, Position, Takes, checked, in_order
 from vlmlayers.errors import UserError, check_one_of, shortened
 from vlmlayers.metrics.checks import numbers
 from vlmlayers.positions import (
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_CLASSES = 1_000_000  # labels beyond are ids of something else; a name each would fill memory
+Recorded = Mapping[Position, Annotated[Any, Takes("an array", "arrays")]]
+# As they come: an array of bool is a mask, which a tuple of its parts would not say.
+Rows = Annotated[Any, Takes("row numbers in order, or a mask", convert=in_order)]
 FLOAT32, TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
@@ -197,7 +200,8 @@ class TowerFeatures:
     # Brackets take positions and the length is that of items: to walk it might mean either.
     __iter__ = None
 
-    def take(self, rows: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> TowerFeatures:
+    @checked
+    def take(self, rows: Rows) -> TowerFeatures:
         """Return the same features for some items, in the order given.
 
         Args:
@@ -273,14 +277,14 @@ class LayerFeatures:
     @checked
     def from_arrays(
         cls,
-        vision: Mapping[Position, Any] | None = None,
-        text: Mapping[Position, Any] | None = None,
+        vision: Recorded | None = None,
+        text: Recorded | None = None,
         *,
-        labels: Collection[Any] | None = None,
+        labels: InOrder | None = None,
         class_names: Sequence[str] = (),
         space: str = "native",
-        pairs: Collection[Any] | None = None,
-        text_labels: Collection[Any] | None = None,
+        pairs: InOrder | None = None,
+        text_labels: InOrder | None = None,
         model: str = "own features",
         weights: str = "own",
         dataset: str = "own data",
@@ -340,9 +344,8 @@ class LayerFeatures:
         names = class_names or tuple(f"class {i}" for i in range(max(known) + 1))
         return cls(model, weights, dataset, split, tuple(names), images, words)
 
-    def take_images(
-        self, rows: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]
-    ) -> LayerFeatures:
+    @checked
+    def take_images(self, rows: Rows) -> LayerFeatures:
         """Return the features of some images, in the order given, and of their captions alone.
 
         Class prompts, which belong to no image, all stay. `rows` is as of `TowerFeatures.take`.
@@ -388,6 +391,7 @@ class LayerFeatures:
             found.insert(list(found).index("label") + 1, "class_name", names)
         return found
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write a feature store, as `extract(…, out=)` does; `LayerFeatures.load` reads it.
 
@@ -401,6 +405,7 @@ class LayerFeatures:
         return Path(path)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> LayerFeatures:
         """Return the features of a store, memory-mapped; see `FeatureStore.open` for errors."""
         return import_module("vlmlayers.features.store").open_features(path)

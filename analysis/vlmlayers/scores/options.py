@@ -76,10 +76,14 @@ class ScoreOptions(Options):
     """Options of `score`; recorded in the table's attributes and per row where they matter."""
 
     positions: Several[Annotated[Word, AfterValidator(_position)]] | None = Field(
-        default=None, description="Positions to score; None for all that were recorded."
+        default=None,
+        min_length=1,
+        description="Positions to score; None for all that were recorded.",
     )
     spaces: Several[Annotated[str, AfterValidator(check_space)]] | None = Field(
-        default=None, description="Spaces to score in; None for the default of each metric."
+        default=None,
+        min_length=1,
+        description="Spaces to score in; None for the default of each metric.",
     )
     seeds: Seeds = Field(
         default=(1, 2, 3),

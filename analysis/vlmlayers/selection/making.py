@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 from vlmlayers.arguments import checked
@@ -70,7 +71,9 @@ class OwnRule(Rule):
             for tower in made:
                 check_one_of("tower", tower, TOWERS, f"what rule {self.name!r} returns")
             made = (made.get("vision", ()), made.get("text", ()))
-        if not isinstance(made, Iterable) or isinstance(made, str) or len(pair := tuple(made)) != 2:
+        pair = tuple(made) if isinstance(made, Iterable) and not isinstance(made, str) else ()
+        # Two numbers are rather two blocks of one list than one block of each tower.
+        if len(pair) != 2 or all(isinstance(one, Integral) for one in pair):
             raise UserError(
                 f"rule {self.name!r} must return a LayerChoice or a (vision, text) "
                 f"pair of blocks, not {made!r}"

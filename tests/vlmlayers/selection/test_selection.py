@@ -827,6 +827,7 @@ def test_errors_of_an_own_rule_are_told_as_its_own(tmp_path: Path) -> None:
         "def broken(scores): return len(5), 3\n"
         "def twice(scores): return [3, 3], [1]\n"
         "def half(scores): return [1.5], []\n"
+        "def flat(scores): return [5, 6]\n"
     )
     # Not for a wrong call: its traceback says where.
     with pytest.raises(TypeError, match="has no len"):
@@ -834,6 +835,8 @@ def test_errors_of_an_own_rule_are_told_as_its_own(tmp_path: Path) -> None:
     for name in ("twice", "half"):
         with pytest.raises(UserError, match=rf"what rule '.*own.py:{name}' returns: block "):
             select(planted(), f"{file}:{name}")
+    with pytest.raises(UserError, match=r"a \(vision, text\) pair of blocks, not \[5, 6\]"):
+        select(planted(), f"{file}:flat")  # two blocks, and not one of each tower
 
 
 def test_own_rule_from_an_installed_package(
