@@ -170,6 +170,10 @@ def _of_timm(model: Any, tokenizer: Callable[..., Any] | None) -> Companions:
     from timm.data import create_transform, resolve_model_data_config
 
     settings = resolve_model_data_config(model)
+    # The configuration is of the weights; a model that was built for another size takes that alone.
+    side = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if side is not None:
+        settings["input_size"] = (*settings["input_size"][:-2], *side)
     plain = {key: str(value) for key, value in settings.items()}
     name = model.pretrained_cfg.get("architecture") or type(model).__name__
     made = [create_transform(**settings, is_training=training) for training in (False, True)]

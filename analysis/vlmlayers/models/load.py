@@ -178,9 +178,10 @@ def wrap_model(
     Args:
         clip: A model of open_clip, a `CLIPModel`, `SiglipModel`, `Siglip2Model` or their like of
             transformers, an image model of timm, transformers or DINO; or what
-            `open_clip.create_model_and_transforms` returns, the model and its transforms. One
-            inside `DataParallel`, `DistributedDataParallel`, `torch.compile` or a peft wrapper is
-            taken out, which the log says.
+            `open_clip.create_model_and_transforms` returns, the model and its transforms; or
+            (model, evaluation transform, tokenizer). One inside `DataParallel`,
+            `DistributedDataParallel`, `torch.compile` or a peft wrapper is taken out, which the
+            log says.
         preprocess: Its evaluation transform, or an image processor of transformers for a model of
             transformers; that of its files or its family where None.
         tokenizer: Texts → token ids, (text, context), or a tokenizer of transformers; likewise.
@@ -200,7 +201,9 @@ def wrap_model(
             "are untrained; give one of them"
         )
     if isinstance(clip, tuple):
-        clip, preprocess, preprocess_train = _triple(clip, preprocess, preprocess_train)
+        parts = _triple(clip)
+        clip, preprocess = parts[0], preprocess or parts[1]
+        tokenizer, preprocess_train = tokenizer or parts[2], preprocess_train or parts[3]
     module = unwrapped(clip)
     found = companions_of(module, preprocess, tokenizer)
     model = VLM(
@@ -225,17 +228,18 @@ def wrap_model(
     return model
 
 
-def _triple(
-    given: tuple[Any, ...], preprocess: Any, preprocess_train: Any
-) -> tuple[nn.Module, Any, Any]:
-    """Return model, evaluation and training transform of what open_clip's factories return."""
+def _triple(given: tuple[Any, ...]) -> tuple[nn.Module, Any, Any, Any]:
+    """Return model, evaluation transform, tokenizer and training transform of a tuple of some."""
     if len(given) not in (2, 3) or not isinstance(given[0], nn.Module):
         raise UserError(
-            "wrap_model takes a model, or what open_clip.create_model_and_transforms returns: "
-            f"(model, training transform, evaluation transform); this has {len(given)} parts"
+            "wrap_model takes a model, what open_clip.create_model_and_transforms returns, (model, "
+            "training transform, evaluation transform), or (model, evaluation transform, "
+            f"tokenizer); this is ({', '.join(type(part).__name__ for part in given)})"
         )
-    train = given[1] if len(given) == 3 else None
-    return given[0], preprocess or given[-1], preprocess_train or train
+    # Those of open_clip have the one, those of transformers the other; no transform has either.
+    if len(given) == 3 and (hasattr(given[2], "context_length") or hasattr(given[2], "encode")):
+        return (*given, None)
+    return given[0], given[-1], None, given[1] if len(given) == 3 else None
 
 
 def _refuse_options(given: Mapping[str, Any], reason: str) -> None:

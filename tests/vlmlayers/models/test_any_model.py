@@ -149,11 +149,21 @@ def test_what_open_clips_factory_returns_is_a_model():
     assert torch.equal(model.tokenizer(texts), open_clip.get_tokenizer("ViT-S-32-alt")(texts))
     with pytest.raises(vl.UserError, match="as a training transform does; give the evaluation"):
         wrap_model(made[0], made[1])
-    with pytest.raises(vl.UserError, match="this has 1 parts"):
-        wrap_model((made[0],))
+    tokenizer = open_clip.SimpleTokenizer(context_length=9)
+    with_tokenizer = load_model((made[0], made[2], tokenizer))
+    assert with_tokenizer.preprocess is made[2] and with_tokenizer.tokenizer is tokenizer
+    with pytest.raises(vl.UserError, match=r"this is \(Compose, CLIP\)"):
+        wrap_model((made[2], made[0]))
     # Or scores, figures and reports, which go by the name of the weights, would not say so.
     with pytest.raises(vl.UserError, match="random_weights=True that they are untrained"):
         wrap_model(made, weights="seed 3", random_weights=True)
+
+
+def test_images_are_prepared_in_the_size_that_a_timm_model_was_built_for():
+    """Its configuration is of the weights, here of 160 pixels."""
+    small = timm.create_model("test_vit", img_size=32)
+    features = vl.extract(load_model(small), DRAWN, "train", items=4, progress=False)
+    assert features["vision"]["final"].shape[0] == 4
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "transformers", "timm", "timm with batch norms"])
