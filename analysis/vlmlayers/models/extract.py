@@ -19,7 +19,7 @@ from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Item, Manifest
 from vlmlayers.models.devices import resolve_precision
-from vlmlayers.models.modes import on_cpu
+from vlmlayers.models.modes import in_turn, on_cpu
 from vlmlayers.models.nvjpeg import refuse_nvjpeg
 from vlmlayers.models.options import ExtractOptions, Items, dataset_of, is_manifest
 from vlmlayers.models.own_data import OwnData, own_data
@@ -107,11 +107,12 @@ def extract(
     }  # fmt: skip
     own["texts"] = None if captions else texts
     asked = validated(ExtractOptions, {**own, **options}, "extract")
-    work, header, identity = prepare(model, manifest, split, asked)
-    if out is None:
-        return work.in_memory(header, identity)
-    refuse_hooks(model)
-    return work.on_disk(Path(out), header, identity)
+    with in_turn(model.clip):
+        work, header, identity = prepare(model, manifest, split, asked)
+        if out is None:
+            return work.in_memory(header, identity)
+        refuse_hooks(model)
+        return work.on_disk(Path(out), header, identity)
 
 
 def prepare(

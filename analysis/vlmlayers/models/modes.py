@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+_TURNS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+
+
+@contextmanager
+def in_turn(model: nn.Module) -> Iterator[None]:
+    """Let one thread at a time use a model: hooks of one would record the batches of another."""
+    with _TURNS.setdefault(model, RLock()):
+        yield
 
 
 @contextmanager

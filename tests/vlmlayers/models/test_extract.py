@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from threading import Thread
@@ -607,3 +608,17 @@ def test_a_gpu_gets_the_bytes_that_are_decoded_here():
     )  # fmt: skip
     assert all(one.is_cuda for _, one, _ in there)
     assert all(torch.equal(a, b.cpu()) for (_, a, _), (_, b, _) in zip(here, there))
+
+
+def test_threads_that_share_a_model_record_their_own_items():
+    """Hooks of one thread recorded the batches of the other, and both were returned."""
+    model, datasets = tiny.model(), ("faces", "signs")
+
+    def features(name):
+        return run(name, model, "val", items=16, batch_size=2, workers=0)
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(features, datasets * 2))
+    for found, expected in zip(together, 2 * [features(name) for name in datasets]):
+        np.testing.assert_array_equal(found["vision"][3], expected["vision"][3])
+        np.testing.assert_array_equal(found["text"][3], expected["text"][3])
