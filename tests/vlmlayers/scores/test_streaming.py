@@ -95,7 +95,7 @@ def test_two_halves_equal_the_whole_to_ten_digits() -> None:
     )
 
 
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("offset", [0.0, 1000.0, 100_000.0])
 def test_metrics_from_sums_are_the_metrics(offset: float) -> None:
     rng = np.random.default_rng(1)
     x, labels = rng.normal(size=(300, 12)), np.arange(300) % 4
