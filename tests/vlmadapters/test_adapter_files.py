@@ -39,11 +39,12 @@ def same(a: Any, b: Any) -> bool:
 def test_our_format_holds_the_adapter_and_what_it_belongs_to(tmp_path: Path) -> None:
     model = shared_backbone()
     adapter = new_adapter(model.clip, CONFIG, seed=5)
-    path = save_method(tmp_path / "a", adapter, model, Task(("cat", "dog")), {"seed": 5})
+    task = Task(("cat", "dog"), descriptions=(("cat", ("has fur", "purrs")),))
+    path = save_method(tmp_path / "a", adapter, model, task, {"seed": 5})
     assert same(load_method(path, model), adapter)
     info = read_info(path)
-    assert info.config == CONFIG
-    assert (info.class_names, info.provenance) == (("cat", "dog"), {"seed": 5})
+    assert (info.config, info.task, info.provenance) == (CONFIG, task, {"seed": 5})
+    assert Task.from_dict({**task.to_dict(), "of a later version": 1}) == task
     assert json.loads(path.with_suffix(".json").read_text())["weights_hash"] == model.weights_hash
 
 
