@@ -942,9 +942,12 @@ def test_train_and_evaluate_on_the_command_line(model_folder: Path, tmp_path: Pa
     assert result.exit_code == 0
     again = pd.read_csv(tmp_path / "e.csv", keep_default_na=False)
     key = ["split_kind"]
-    left = found[found.placement == "v2-3,t2-3"].set_index(key).accuracy
-    right = again[again.method == "MMA"].set_index(key).accuracy
-    assert left.to_dict() == pytest.approx(right.to_dict())
+    left = found[found.placement == "v2-3,t2-3"].set_index(key)
+    right = again[again.method == "MMA"].set_index(key)
+    assert left.accuracy.to_dict() == pytest.approx(right.accuracy.to_dict())
+    # A training's is over all that it is tested on.
+    changed = np.average(right.changed, weights=right.n)
+    assert changed > 0 and left.changed.tolist() == pytest.approx([changed] * 2)
     same = CliRunner().invoke(app, [*test, "--quiet", "--method", "mma"], catch_exceptions=False)
     assert same.exit_code == 0
     for option, message in (
