@@ -261,7 +261,8 @@ def test_chunks_order_and_merging_change_nothing(features: list[LayerFeatures]) 
     halves = StreamingScores(50), StreamingScores(50)
     for i in order:
         halves[i % 2].update(pieces[i])
-    merged = streamed_scores(halves[0].merge(halves[1]))
+    for _ in range(2):  # nor does a merge change what it is made of
+        merged = streamed_scores(halves[0].merge(halves[1]))
     a, b = _by_place(whole), _by_place(merged)
     assert (a.index == b.index).all()
     assert a.to_numpy() == pytest.approx(b.to_numpy(), rel=1e-8)  # intervals and nulls as well
@@ -385,6 +386,8 @@ def test_wrong_streams_are_refused(features: list[LayerFeatures]) -> None:
     assert list(sums.datasets) == [features[0].dataset]  # what is refused leaves nothing behind
     with pytest.raises(UserError, match="no vision features came"):
         sums.update(replace(features[1], vision=None))
+    with pytest.raises(UserError, match="an item came twice"):
+        sums.update(features[0])  # most of it is no longer in the sample
     few = features[0].vision.take(np.arange(5))
     fresh = StreamingScores(20)
     fresh.update(replace(features[0], vision=few))
@@ -456,6 +459,7 @@ def test_sums_mark_the_features_they_are_of_as_plain_scores_do() -> None:
         one.update(part)
     both = streamed_scores(sums[0].merge(sums[1]), names).attrs["features"]["set0 (train)"]
     assert both[:1] == plain["set0 (train)"] and len(set(both)) == 2
+    assert streamed_scores(sums[0], names).attrs["features"] == {"set0 (train)": both[:1]}
 
 
 def _without_classes(name: str, number: int, captions: int = 1) -> LayerFeatures:
