@@ -23,7 +23,7 @@ from backbones import config, shared_backbone
 from PIL import Image
 from scipy.stats import ks_2samp
 from torch.utils.data import DataLoader
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, ToTensor
 from torchvision.transforms.v2 import functional as V
 
 from vlmadapters.data.images import (
@@ -38,6 +38,7 @@ from vlmadapters.data.kept import Kept
 from vlmlayers.errors import UserError
 from vlmlayers.manifests import Manifest
 from vlmlayers.models import decoding
+from vlmlayers.models.companions import Processed
 from vlmlayers.models.decoding import batches_of
 from vlmlayers.models.load import build_clip, wrap_model
 
@@ -115,6 +116,17 @@ def test_views_and_test_images_have_the_height_and_width_that_the_model_takes() 
     images, items = Images(model, MANIFEST), MANIFEST.items("test")[:2]
     views = images.augmented(items, Augmentation().draws(2, 0, 0), Augmentation())
     assert views.shape == next(images.batches(items, 2)).shape == (2, 3, 32, 48)
+
+
+def test_a_preprocessing_that_does_not_normalise_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also one of transformers that names a mean and does not take it off."""
+    idle = SimpleNamespace(do_normalize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    for preprocess in (ToTensor(), Processed(idle)):
+        monkeypatch.setattr(shared_backbone(), "preprocess", preprocess)
+        with pytest.raises(UserError, match="preprocessing has no normalisation step"):
+            Images(shared_backbone(), MANIFEST)
 
 
 def test_views_of_images_that_are_not_square_are_torchvisions_of_the_same_boxes(
