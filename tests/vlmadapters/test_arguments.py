@@ -111,6 +111,10 @@ def train(datasets: Any = "faces", **options: Any) -> Any:
             lambda: train(configs=va.MMAConfig.span(2, 3), method="coop"),
             "either configs or method, not both",
         ),
+        (
+            lambda: train(configs=va.MMAConfig.span(2, 3), placement="2"),
+            "either configs or placement, not both",
+        ),
         (lambda: train([]), "there is no dataset to train"),
         (lambda: train(seeds=[]), "there is no seed to train"),
         (lambda: train(split="train"), "'train' holds the images that are trained on"),
