@@ -141,12 +141,12 @@ def unit_rows(x: Array) -> Array:
     return x / np.where(length > 0.0, length, 1.0)
 
 
-def classes(labels: Any, n: int, smallest_class: int = 1) -> Labels:
+def classes(labels: Any, n: int) -> Labels:
     """Return labels renumbered 0..C−1 without holes, (item,).
 
     Raises:
-        UserError: Wrong length, fewer than two classes, a class with too few items, or numbers
-            that are no classes: negative, NaN or fractions.
+        UserError: Wrong length, fewer than two classes, or numbers that are no classes: negative,
+            NaN or fractions.
     """
     given = np.asarray(labels, dtype=str) if _are_names(labels) else numbers(labels, "labels")
     if given.shape != (n,):
@@ -154,14 +154,9 @@ def classes(labels: Any, n: int, smallest_class: int = 1) -> Labels:
     if given.dtype.kind in "if":
         refuse_no_class(given)
     # Without holes: an id that no item has would inflate LogME and leave a class without a mean.
-    _, numbered, counts = np.unique(given, return_inverse=True, return_counts=True)
-    if len(counts) < 2:
-        raise UserError(f"labels name {len(counts)} class; at least 2 are needed")
-    if counts.min() < smallest_class:
-        raise UserError(
-            f"a class has {counted(counts.min(), 'item')}; at least {smallest_class} per class are "
-            "needed"
-        )
+    found, numbered = np.unique(given, return_inverse=True)
+    if len(found) < 2:
+        raise UserError(f"labels name {len(found)} class; at least 2 are needed")
     return numbered.astype(np.int64)
 
 

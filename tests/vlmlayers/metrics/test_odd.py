@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from synthetic import PLAIN_NEEDS, metric_inputs, metric_value
 
 from vlmlayers.errors import UserError
-from vlmlayers.metrics import METRICS, k_nearest, nearest_mean
+from vlmlayers.metrics import METRICS, fisher_ratio, k_nearest, nearest_mean, pair_distance
 from vlmlayers.metrics.transfer import discriminant
 
 PLAIN = [name for name, entry in METRICS.items() if entry.needs in PLAIN_NEEDS]
@@ -123,3 +123,51 @@ def test_small_random_inputs_never_give_nonsense(seed: int, n: int, width: int, 
     entry = METRICS[name]
     features, rest = metric_inputs(entry, seed, n=n, width=width, classes=2)
     assert not wrong_unless_refused(name, lambda: metric_value(entry, features, rest, classes=2))
+
+
+SIX = np.random.default_rng(0).normal(size=(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ([1j], "holds no numbers"),
+        ([[1, 2]], "holds no numbers, or rows of different lengths"),
+        ([], r"have shape \(5,\); expected \(6,\)"),
+        ([-1], "has -1 at item 5; classes are whole numbers from 0, and items without one are left"),
+        ([0.5], "has 0.5 at item 5"),
+        ([np.nan], "has nan at item 5"),
+    ],
+)
+def test_labels_that_name_no_class_are_refused(last: list[object], message: str) -> None:
+    labels = [0, 0, 0, 1, 1, *last]
+    with pytest.raises(UserError, match=f"^labels {message}"):
+        fisher_ratio(SIX, labels)
+    with pytest.raises(UserError, match=f"^fit_labels {message}"):
+        nearest_mean(SIX, labels, SIX, labels, SIX, classes=2)
+
+
+def test_a_class_beyond_their_number_is_refused_and_the_last_one_is_taken() -> None:
+    labels = [0, 0, 1, 1, 2, 2]
+    assert set(nearest_mean(SIX, labels, SIX, labels, SIX, classes=3)) <= {0, 1, 2}
+    with pytest.raises(UserError, match="fit_labels name class 2; 2 classes are 0 to 1"):
+        nearest_mean(SIX, labels, SIX, labels, SIX, classes=2)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([0, 1, 2], r"pairs have shape \(3,\); expected \(pair, 2\)"),
+        ([[0, 1, 2]], r"pairs have shape \(1, 3\)"),
+        (np.empty((0, 2)), r"pairs have shape \(0, 2\)"),
+        ([[0, 0], [6, 1]], r"pair 1 is \(6, 1\); rows of x are 0 to 5, of y 0 to 3"),
+        ([[5, 4]], r"pair 0 is \(5, 4\)"),
+        ([[0, -1]], r"pair 0 is \(0, -1\)"),
+        ([[0.5, 0]], r"pair 0 is \(0.5, 0\)"),
+        ([["a", "b"]], "pairs holds no numbers"),
+    ],
+)
+def test_pairs_that_are_no_rows_are_refused(pairs: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pair_distance(SIX, SIX[:4], pairs)
+    assert pair_distance(SIX, SIX[:4], [[3, 3]]) == pytest.approx(0)  # the last one is a row
