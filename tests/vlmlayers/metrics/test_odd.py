@@ -134,7 +134,10 @@ SIX = np.random.default_rng(0).normal(size=(6, 3))
         ([1j], "holds no numbers"),
         ([[1, 2]], "holds no numbers, or rows of different lengths"),
         ([], r"have shape \(5,\); expected \(6,\)"),
-        ([-1], "has -1 at item 5; classes are whole numbers from 0, and items without one are left"),
+        (
+            [-1],
+            "has -1 at item 5; classes are whole numbers from 0, and items without one are left",
+        ),
         ([0.5], "has 0.5 at item 5"),
         ([np.nan], "has nan at item 5"),
     ],
