@@ -205,9 +205,15 @@ def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, path)
     with pytest.raises(UserError, match="holds no adapter"):
         load_official(path, shared_backbone())
-    torch.save([torch.zeros(1)], path)
-    with pytest.raises(UserError, match="holds a list"):
-        load_official(path, shared_backbone())
+    huge = torch.zeros(1).expand(1 << 40)  # one number on the disk
+    for content, message in (
+        ([torch.zeros(1)], "holds a list"),
+        ({"state_dict": [torch.zeros(1)]}, "its state_dict is not a dictionary"),
+        ({"state_dict": {"weight": huge}}, "holds less data than the shape of 'weight' asks for"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=message):
+            load_official(path, shared_backbone())
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "y.safetensors")
