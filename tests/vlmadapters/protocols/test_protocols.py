@@ -341,12 +341,19 @@ def test_the_seconds_of_a_summary_are_of_trainings_not_of_rows() -> None:
     assert set(summarise(pd.DataFrame(rows))["seconds"]) == {25.0}
 
 
-def test_another_recipe_has_cells_of_its_own(tmp_path: Path) -> None:
-    run(tmp_path, seeds=(1,))
-    changed = RECIPE.changed({"lr": 0.1}, {})
-    base_to_novel(
-        shared_backbone(), ["shapes_filled"], changed, tmp_path, seeds=(1,), **QUICK
-    )  # fmt: skip
+def test_another_recipe_has_cells_of_its_own_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "vlmadapters.protocols.cells")
+    for out, recipe, why in (
+        (None, RECIPE, "nothing is kept on disk"),
+        (tmp_path, RECIPE, f"there is no {tmp_path}"),
+        (tmp_path, RECIPE.changed({"lr": 0.1}, {}), "train.lr is 0.3 there, 0.1 here"),
+    ):
+        caplog.clear()
+        run(out, seeds=(1,), recipe=recipe)
+        (said,) = [one for one in caplog.messages if "has to be made" in one]
+        assert why in said
     assert len(trained_cells(tmp_path)) == 2
 
 
