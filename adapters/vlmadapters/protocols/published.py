@@ -100,7 +100,7 @@ def with_published(summary: pd.DataFrame, titles: dict[str, str]) -> pd.DataFram
                 {
                     "protocol": protocol,
                     "method": row["method"],
-                    # All published tables that ship are of this backbone; not every source names its seeds.
+                    # All published tables that ship are of this backbone; some name no seeds.
                     "model": "ViT-B/16",
                     "weights": "openai",
                     "source": "",
