@@ -112,9 +112,9 @@ def layer_curves(
         frame = pd.concat(parts.values())
         if hue is None:
             Reading(space=space).say_choice(scores, metric)
-        ax = axes(ax)
         axis = _shared_axis(scores, parts, hue)
         looks = _looks(parts, color, palette)
+        ax = axes(ax)  # after what may be refused: a notebook would show them empty
         several = frame["tower"].nunique() > 1
         for name, part in parts.items():
             for side, rows in part.groupby("tower", sort=False):

@@ -192,6 +192,8 @@ def value_and_interval(
         return float(metric.function(*kept, **arguments))
 
     value = statistic(None, -1)
+    if not np.isfinite(value):  # refused for that
+        return value, (np.nan, np.nan), "jackknife"
     try:
         groups = shared.groups(metric, len(arrays[0]))
         left_out = [statistic(rows, group) for group, rows in enumerate(groups)]

@@ -531,6 +531,15 @@ def by_dataset(**options: Any) -> Any:
     return plots.layer_curves(full(), "class_accuracy", **given)
 
 
+def test_a_refused_palette_leaves_no_empty_figure_for_a_notebook_to_show() -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    with pytest.raises(UserError, match="palette has 1 colour"):
+        by_dataset(palette=["red"])
+    assert plt.get_fignums() == before
+
+
 def test_importing_plots_imports_no_torch() -> None:
     code = "import sys, vlmlayers.plots; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

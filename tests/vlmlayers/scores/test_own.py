@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_the_null_without_labels_breaks_what_columns_share() -> None:
     row = of(vl.score(features, shared, **{**QUICK, "shuffles": 50}), "shared").iloc[0]
     assert (row["value"], row["low"], row["high"]) == pytest.approx((1.0, 1.0, 1.0))
     assert abs(row["null"]) < 0.1
+
+
+def test_a_metric_without_a_finite_value_is_refused_without_a_warning_of_numpy() -> None:
+    def endless(x: object) -> float:
+        return float("inf")
+
+    with warnings.catch_warnings(), pytest.raises(UserError, match="endless is inf"):
+        warnings.simplefilter("error", RuntimeWarning)
+        vl.score(make_features(), [endless], progress=False, **QUICK)
 
 
 def test_what_cannot_be_resampled_has_a_value_and_no_interval() -> None:
