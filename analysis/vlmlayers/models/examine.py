@@ -24,7 +24,7 @@ from vlmlayers.metrics.model_level import (
 )
 from vlmlayers.models import gradients
 from vlmlayers.models.examined import Inputs, Rows
-from vlmlayers.models.modes import at_rest, in_float32, on_cpu
+from vlmlayers.models.modes import at_rest, in_float32, in_turn, on_cpu
 from vlmlayers.models.options import Dataset, ExtractOptions, Items
 from vlmlayers.models.residual import BIAS, contributions
 from vlmlayers.models.vlm import LoadedModel
@@ -91,7 +91,12 @@ def examine(
     for name in names:
         check_one_of("metric", name, _MEASURES)
     # The caller may hold inference mode, which knows no gradients, or types of its own.
-    with torch.inference_mode(False), autocast(model.device, "fp32"), in_float32():
+    with (
+        in_turn(model.clip),
+        torch.inference_mode(False),
+        autocast(model.device, "fp32"),
+        in_float32(),
+    ):
         inputs = Inputs.of(
             model,
             data,

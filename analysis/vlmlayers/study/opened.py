@@ -200,7 +200,8 @@ def open_run(folder: str | Path) -> OpenedRun:
     parts = (run.features, *tables, run.search, run.choice)
     if not any(part.exists() for part in parts):
         held = "holds no features, scores, choice or results"
-        state = held if run.folder.is_dir() else "does not exist"
+        lost = "is no folder" if run.folder.exists() else "does not exist"
+        state = held if run.folder.is_dir() else lost
         advice = run.names_inside() or "`vlmlayers study` makes one"
         raise UserError(f"{run.folder.absolute()} {state}; name a run folder: {advice}")
     return OpenedRun(run)

@@ -64,3 +64,6 @@ def test_what_a_run_lacks_is_said(tmp_path):
         vl.write_report(tmp_path / "several")
     with pytest.raises(vl.UserError, match="nowhere does not exist; name a run folder"):
         vl.open_run(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(vl.UserError, match="file is no folder; name a run folder"):
+        vl.open_run(tmp_path / "file")
