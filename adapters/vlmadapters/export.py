@@ -64,10 +64,9 @@ def export(
             raise UserError(f"classes are embedded, and form {form!r} embeds none; leave one out")
         form = "classes"
         _check_classes(classes)
-    out = Path(out)
+    method, info, out = load_method(adapter, model), read_info(adapter), Path(out)
     if out.exists() and out.samefile(adapter):
         raise UserError(f"{out} is the adapter itself, which would be lost; name another file")
-    method, info = load_method(adapter, model), read_info(adapter)
     names = info.task.class_names if classes is None else tuple(classes)
     task, title = replace(info.task, class_names=names), method.config.title
     makers: dict[str, Callable[[], dict[str, Any]]] = {

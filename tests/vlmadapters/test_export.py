@@ -363,5 +363,7 @@ def test_classes_that_cannot_be_told_apart_are_refused(
     with pytest.raises(UserError, match="is the adapter itself, which would be lost"):
         export(coop, model, tmp_path / "." / coop.name)
     assert export(coop, model, tmp_path / "x.safetensors", classes="grey_owl") == "classes"
+    with pytest.raises(UserError, match="cannot read the adapter"):  # beside a file of that name
+        export(tmp_path / "none.safetensors", model, tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert json.loads(file.metadata()["description"])["class_names"] == ["grey_owl"]

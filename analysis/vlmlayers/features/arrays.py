@@ -398,7 +398,7 @@ class LayerFeatures:
         A store that holds just these features already stays as it is.
 
         Raises:
-            UserError: The folder holds something else, or cannot be written.
+            UserError: There is no item, or the folder holds something else or cannot be written.
         """
         writer = import_module("vlmlayers.features.writer")  # it reads back what it wrote
         writer.write_features(Path(path), self)

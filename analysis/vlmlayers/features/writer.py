@@ -345,13 +345,18 @@ def write_features(folder: Path, features: LayerFeatures) -> None:
     """Write features that are in memory as a store; a store that holds just these stays as it is.
 
     Raises:
-        UserError: The folder holds something else, or cannot be written.
+        UserError: There are none, or the folder holds something else or cannot be written.
     """
+    if not all(map(len, features.towers)):
+        raise UserError(f"features of no items of {features.dataset} cannot be stored; keep some")
     plans, header = _plans(features), _header(features)
     first = features.towers[0]
     rows = tuple((item, int(label), "") for item, label in zip(first.ids, first.labels))
     data = DataIdentity(features.class_names, rows)
     identity = {"data": data.summary(), **features.identity}
+    # Some of the images that were extracted, or in another order: no extraction finds them for it.
+    if features.vision and identity.get("items_hash", data.listed) != data.listed:
+        identity["rows"] = data.listed
     if FeatureStore.exists(folder):
         there = FeatureStore.open(folder)
         refuse_other_identity(folder, there.identity, identity, data)

@@ -96,7 +96,10 @@ def _start(target: Path, plan: str) -> dict[str, str]:
 
 
 def _whole(shard: Path, count: int) -> bool:
-    return shard.exists() and len(index_shard(shard)) == count
+    try:
+        return shard.exists() and len(index_shard(shard)) == count
+    except UserError:  # it was cut
+        return False
 
 
 def _samples(

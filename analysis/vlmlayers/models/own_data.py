@@ -350,7 +350,8 @@ def _worded(captions: Any) -> bool:
 
 
 def _plain(label: Any) -> Any:
-    return label.item() if np.size(label) == 1 and hasattr(label, "item") else label
+    # Not `np.size`, which takes that of a tensor for a number.
+    return label.item() if hasattr(label, "item") and np.prod(label.shape) == 1 else label
 
 
 def _image_folder(data: Any) -> _Held:

@@ -160,6 +160,10 @@ def test_a_conversion_takes_altered_images_and_leaves_the_other_shards(tmp_path:
     assert after[0] == before[0] and after[1] != before[1]
     shards = Manifest.load(written)
     assert shards.open_image(shards.items("train")[5]).size == (30, 20)
+    whole = (tmp_path / "tars" / "train-00000.tar").read_bytes()
+    (tmp_path / "tars" / "train-00000.tar").write_bytes(whole[: len(whole) // 2])
+    write_shards(manifest, "train", tmp_path / "tars", 4, progress=False)
+    assert (tmp_path / "tars" / "train-00000.tar").read_bytes() == whole
 
 
 def test_what_is_drawn_has_the_version_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,7 @@ def elsewhere(made):
 HOLDERS = {
     "images": (lambda: [Image.fromarray(p) for p in PIXELS], {"labels": LABELS}),
     "pairs": (lambda: list(zip(map(Image.fromarray, PIXELS), LABELS)), {}),
+    "labels in tensors": (lambda: [(p, torch.tensor([n])) for p, n in zip(PIXELS, LABELS)], {}),
     "an array": (lambda: np.stack(PIXELS), {"labels": np.array(LABELS)}),
     "words": (lambda: PIXELS, {"labels": [NAMES[label] for label in LABELS]}),
     "a dataset": (lambda: Pairs(), {}),
@@ -651,6 +652,21 @@ def test_features_are_saved_again_where_they_lie_and_others_are_refused(tmp_path
     with pytest.raises(vl.UserError, match="holds other features"):
         replace(found, dataset="another").save(tmp_path / "s")
     assert files == {path: path.read_bytes() for path in (tmp_path / "s").rglob("*.*")}
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], range(8, -1, -1)])
+def test_some_of_the_images_or_in_another_order_do_not_pass_for_the_extraction(rows, tmp_path):
+    beside = {"labels": LABELS, "class_names": NAMES, **QUIET}
+    whole = vl.extract(MODEL, PIXELS, **beside)
+    whole.save(tmp_path / "whole")
+    assert vl.extract(MODEL, PIXELS, out=tmp_path / "whole", **beside).vision.ids == whole.vision.ids
+    some = whole.take_images(rows)
+    vl.LayerFeatures.load(some.save(tmp_path / "some")).save(tmp_path / "some")  # it is itself
+    with pytest.raises(vl.UserError, match="some belongs to another extraction: rows"):
+        vl.extract(MODEL, PIXELS, out=tmp_path / "some", **beside)
+    with pytest.raises(vl.UserError, match="no items of own data cannot be stored"):
+        whole.take_images([]).save(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_captions_are_saved_with_their_pairs(tmp_path):
