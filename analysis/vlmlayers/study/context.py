@@ -13,7 +13,7 @@ from vlmlayers.architectures import MINIATURES
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
-from vlmlayers.files import HUB, find_weights, hub_folder
+from vlmlayers.files import HUB, files_beside, find_weights, hub_folder
 from vlmlayers.identity import DataIdentity
 from vlmlayers.manifests import Item, Manifest, distinct
 from vlmlayers.progress import is_hidden, timed
@@ -182,9 +182,12 @@ class StageContext:
 
     @property
     def rule_options(self) -> dict[str, Any]:
-        """The options of the rule; the rule `search` reads what the stage of that name wrote."""
+        """The options of the rule; a file may lie beside the study.
+
+        The rule `search` reads what the stage of that name wrote where no other file is named.
+        """
         own = {"file": str(self.run.search)} if self.study.select.rule == "search" else {}
-        return own | self.study.select.options
+        return own | files_beside(self.base, self.study.select.options)
 
     @property
     def rule(self) -> str:

@@ -282,7 +282,7 @@ def _select_inputs(context: StageContext) -> dict[str, Any]:
         "select": part.model_dump(),
         "seed": context.seed,
         "own_rule": _rule_mark(context.rule),
-        "search": file_mark(context.run.search) if part.rule == "search" else "",
+        "search": file_mark(Path(context.rule_options["file"])) if part.rule == "search" else "",
         "version": version("vlm-layers"),
     }
 

@@ -109,6 +109,20 @@ def test_a_file_is_an_input_of_the_stages_that_read_it(
     assert changed(before, marks(tmp_path, {})) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "read"), [({}, "run/search.json"), ({"file": "found.json"}, "found.json")]
+)
+def test_the_search_that_is_chosen_by_is_an_input(
+    options: dict[str, str], read: str, tmp_path: Path
+) -> None:
+    asked = {"select": {"rule": "search", "options": options}}
+    for name in ("run/search.json", "found.json"):
+        write_json(tmp_path / name, {})
+        before = marks(tmp_path, asked)
+        written(name)(tmp_path)
+        assert ("select search" in changed(before, marks(tmp_path, asked))) is (name == read)
+
+
 def test_device_and_version_are_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = marks(tmp_path, {}, device="cpu")
     assert changed(before, marks(tmp_path, {}, device="cuda")) == ["extract device"]
