@@ -21,7 +21,7 @@ from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.head_configs import CLIPAdapterConfig
 from vlmadapters.methods.linear import drawn_linear
-from vlmadapters.methods.official import check_keys
+from vlmadapters.methods.official import matched_keys
 from vlmlayers.errors import UserError
 
 SIDES = {"fc": "ratio", "text_fc": "text_ratio"}
@@ -84,7 +84,7 @@ class CLIPAdapter(Method):
         cls, state: Mapping[str, Tensor], where: str, config: MethodConfig | None = None
     ) -> MethodConfig:
         """Check inner width and adapted sides; the ratios are not in the authors' files."""
-        check_keys(state, OFFICIAL, where, cls.Config.title)
+        matched_keys(state, OFFICIAL, where, cls.Config.title)
         sides = {key.partition(".")[0] for key in state}
         shapes = [tuple(v.shape) for k, v in state.items() if ".0." in k and v.ndim == 2]
         if not shapes:

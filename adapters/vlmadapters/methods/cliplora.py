@@ -27,7 +27,7 @@ from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.deep_configs import CLIPLoRAConfig
-from vlmadapters.methods.official import check_keys, check_settings
+from vlmadapters.methods.official import check_settings, matched_keys
 from vlmlayers.errors import UserError
 
 # In the order of the authors' files.
@@ -273,8 +273,7 @@ class CLIPLoRA(Method):
     ) -> MethodConfig:
         """Read blocks, matrices, rank and alpha; dropout is not in the file."""
         keys = [key for key in state if key != ALPHA]
-        check_keys(keys, OFFICIAL, where, cls.Config.title)
-        parts = [match for key in keys if (match := OFFICIAL.fullmatch(key))]
+        parts = matched_keys(keys, OFFICIAL, where, cls.Config.title).values()
         short = {name: matrix for matrix, name in LINEARS.items()}
         found: dict[str, Any] = {
             "vision": tuple(sorted({int(m[2]) + 1 for m in parts if m[1]})),

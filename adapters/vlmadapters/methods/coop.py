@@ -20,7 +20,7 @@ from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.configs import ContextConfig, CoOpConfig
 from vlmadapters.methods.context import context_prompts, context_state, starting_context
-from vlmadapters.methods.official import check_keys, check_settings
+from vlmadapters.methods.official import check_settings, matched_keys
 from vlmlayers.errors import UserError
 
 CONTEXT = re.compile(r"ctx(?:\.(\d+))?")
@@ -74,7 +74,7 @@ class LearnedContext(Method):
     ) -> MethodConfig:
         """Read blocks and sizes from the contexts; what they started from is not in them."""
         kind: Any = cls.Config
-        check_keys(state, cls.official, where, kind.title)
+        matched_keys(state, cls.official, where, kind.title)
         keys = (CONTEXT.fullmatch(key) for key in state)
         shapes = {int(key[1] or 1): tuple(state[key[0]].shape) for key in keys if key}
         shape = next(iter(shapes.values()), ())

@@ -17,7 +17,7 @@ from vlmadapters.data.task import Task
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.deep import DeepPrompts, drawn_prompts, with_fitting_words
 from vlmadapters.methods.deep_configs import IVLPConfig
-from vlmadapters.methods.official import check_keys, check_settings
+from vlmadapters.methods.official import check_settings, matched_keys
 
 # In the public code block 1 has its prompts outside the transformer, and is block 0.
 FIRST = {"vision": "image_encoder.VPT", "text": "prompt_learner.ctx"}
@@ -71,12 +71,11 @@ class IVLP(DeepPrompts):
         cls, state: Mapping[str, Tensor], where: str, config: MethodConfig | None = None
     ) -> MethodConfig:
         """Read blocks and numbers of prompts from keys and shapes; words are not in them."""
-        check_keys(state, OFFICIAL, where, cls.Config.title)
         found: dict[str, Any] = {"vision": (), "text": ()}
-        for key, value in sorted(state.items()):
-            match = OFFICIAL.fullmatch(key)
-            tower = "vision" if key.startswith("image") else "text"
-            found[tower] += (int(match[1]) + 1 if match and match[1] else 1,)
+        matches = matched_keys(state, OFFICIAL, where, cls.Config.title)
+        for key, match in sorted(matches.items()):
+            tower, value = "vision" if key.startswith("image") else "text", state[key]
+            found[tower] += (int(match[1] or 0) + 1,)
             found[f"{tower}_length"] = value.shape[0] if value.ndim == 2 else 1
         for tower in ENCODERS:
             found[tower] = tuple(sorted(found[tower]))

@@ -33,7 +33,7 @@ from vlmadapters.methods.context import (
     word_vectors,
 )
 from vlmadapters.methods.coop import LearnedContext
-from vlmadapters.methods.official import check_keys, check_settings, is_prompt
+from vlmadapters.methods.official import check_settings, is_prompt, matched_keys
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import placed
 
@@ -232,10 +232,9 @@ class LASP(LearnedContext):
         """Return our parameter names to the authors'; they count blocks from 0."""
         found = {}
         for name, theirs in super().official_names().items():
-            part, _, rest = name.partition(".")
             found[name] = PREFIX + theirs
-            if part == "norms":
-                block, _, rest = rest.partition(".")
+            if name.startswith("norms."):
+                _, block, rest = name.split(".", 2)
                 found[name] = f"image_encoder.transformer.resblocks.{int(block) - 1}.{rest}"
         return found
 
@@ -250,15 +249,12 @@ class LASP(LearnedContext):
     ) -> MethodConfig:
         """Read blocks, length and correction; words and losses are not in the file."""
         title = cls.Config.title
-        check_keys(state, OFFICIAL, where, title)
+        parts = matched_keys(state, OFFICIAL, where, title).values()
         context = state.get(f"{PREFIX}ctx")
         if context is None or context.ndim != 2:
             raise UserError(f"{where} holds no {title}: it has no {PREFIX}ctx of words")
-        blocks = {int(norm[1]) + 1 for norm in map(NORM.fullmatch, state) if norm}
-        found: dict[str, Any] = {
-            "vision": tuple(sorted(blocks)),
-            "correction": f"{PREFIX}w" in state,
-        }
+        blocks = {int(part[1]) + 1 for part in parts if part[1]}
+        found = {"vision": tuple(sorted(blocks)), "correction": f"{PREFIX}w" in state}
         if config is None:
             return cls.Config(**found, words="", length=len(context))
         check_settings(config, found, where)

@@ -28,7 +28,7 @@ from vlmadapters.methods.base import Method, Step
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.deep_configs import LwEIBConfig
 from vlmadapters.methods.descriptions import read_descriptions
-from vlmadapters.methods.official import check_keys, check_settings, is_prompt
+from vlmadapters.methods.official import check_settings, is_prompt, matched_keys
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import placed
 from vlmlayers.prompts import class_prompts, spelled
@@ -295,8 +295,7 @@ class LwEIB(Method):
         cls, state: Mapping[str, Tensor], where: str, config: MethodConfig | None = None
     ) -> MethodConfig:
         """Read the blocks from the keys; α and what is drawn are not in the file."""
-        check_keys(state, OFFICIAL, where, cls.Config.title)
-        parts = [match for key in state if (match := OFFICIAL.fullmatch(key))]
+        parts = matched_keys(state, OFFICIAL, where, cls.Config.title).values()
         found: dict[str, Any] = {
             tower: tuple(sorted({int(m[2]) for m in parts if ADAPTERS[tower].startswith(m[1])}))
             for tower in ADAPTERS

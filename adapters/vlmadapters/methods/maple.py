@@ -18,7 +18,7 @@ from vlmadapters.methods.config import MethodConfig
 from vlmadapters.methods.deep import DeepPrompts, drawn_prompts, with_fitting_words
 from vlmadapters.methods.deep_configs import MaPLeConfig
 from vlmadapters.methods.linear import drawn_linear
-from vlmadapters.methods.official import check_keys, check_settings
+from vlmadapters.methods.official import check_settings, matched_keys
 from vlmlayers.errors import UserError
 
 # Ours to the authors' names: of block 1, and of later blocks, which they count from 0.
@@ -85,12 +85,10 @@ class MaPLe(DeepPrompts):
 
         Text vectors that only a projection reads are not told apart from text prompts.
         """
-        check_keys(state, OFFICIAL, where, cls.Config.title)
         blocks: dict[str, set[int]] = {"prompts": set(), "projections": set()}
         length = 1
-        for key, value in state.items():
-            match = OFFICIAL.fullmatch(key)
-            assert match is not None
+        for key, match in matched_keys(state, OFFICIAL, where, cls.Config.title).items():
+            value = state[key]
             kind = next(kind for kind, names in NAMES.items() if match[1] in names)
             blocks[kind].add(int(match[2]) + 2 if match[2] else 1)
             length = value.shape[0] if kind == "prompts" and value.ndim else length

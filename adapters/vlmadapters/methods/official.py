@@ -19,21 +19,28 @@ def is_prompt(key: str) -> bool:
     return (key.startswith("prompt_learner.") and "token_" not in key) or "VPT" in key
 
 
-def check_keys(keys: Iterable[str], known: re.Pattern[str], where: str, title: str) -> None:
-    """Raise a UserError where a checkpoint is not of a method.
+def matched_keys(
+    keys: Iterable[str], known: re.Pattern[str], where: str, title: str
+) -> dict[str, re.Match[str]]:
+    """Return what a method's pattern finds in each parameter's name of a checkpoint.
 
     Args:
         keys: Names of its parameters, without the backbone's.
         known: Pattern of the method's own.
         where: The file, for messages.
         title: The method's name, for messages.
+
+    Raises:
+        UserError: One does not match, or there is none.
     """
-    keys = list(keys)
-    strange = [key for key in keys if not known.fullmatch(key)]
-    if strange:
-        raise UserError(f"{where} is of another method than {title}: it holds {strange[0]}")
-    if not keys:
+    found = {}
+    for key in keys:
+        if (match := known.fullmatch(key)) is None:
+            raise UserError(f"{where} is of another method than {title}: it holds {key}")
+        found[key] = match
+    if not found:
         raise UserError(f"{where} holds no parameter of {title}; name the method that wrote it")
+    return found
 
 
 def check_settings(config: MethodConfig, found: Mapping[str, Any], where: str) -> MethodConfig:

@@ -23,7 +23,7 @@ from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import VIT_B_16, MethodConfig
 from vlmadapters.methods.context import word_embedding
 from vlmadapters.methods.deep_configs import RPOConfig
-from vlmadapters.methods.official import check_keys, check_settings, is_prompt
+from vlmadapters.methods.official import check_settings, is_prompt, matched_keys
 from vlmlayers.errors import UserError
 
 # Length of each prompt's noise, not its size in a coordinate.
@@ -169,7 +169,7 @@ class RPO(Method):
         cls, state: Mapping[str, Tensor], where: str, config: MethodConfig | None = None
     ) -> MethodConfig:
         """Read the number of pairs; blocks are not in the file, and are all of ViT-B/16's."""
-        check_keys(state, OFFICIAL, where, cls.Config.title)
+        matched_keys(state, OFFICIAL, where, cls.Config.title)
         pairs = max(value.shape[0] if value.ndim else 1 for value in state.values())
         if config is None:
             return cls.Config.published(VIT_B_16, pairs=pairs)

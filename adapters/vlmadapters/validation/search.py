@@ -131,7 +131,7 @@ def search(
     depths = backbone_depths(model.clip)
     (made,) = recipes_for(model, [method], () if recipe is None else [recipe])
     check_searchable(made.method)
-    default = made.changed({"shots": asked.shots}, {})
+    default = made.changed({"shots": asked.shots})
     rates = tried_amounts(default, asked.given_amounts)
     placements = tried_placements(default, depths, asked.placement)
     seeds = list(asked.seeds)

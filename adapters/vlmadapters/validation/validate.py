@@ -19,16 +19,9 @@ from vlmadapters.clip.towers import backbone_depths
 from vlmadapters.data.task import TaskData
 from vlmadapters.methods.config import MethodConfig
 from vlmadapters.protocols.experiment import Experiment
-from vlmadapters.protocols.train import Datasets, Model, tell_of_choice
+from vlmadapters.protocols.train import Datasets, Model, recipes_for, tell_of_choice
 from vlmadapters.training import processes
-from vlmadapters.training.recipes import (
-    IN_RECIPE,
-    Recipe,
-    check_methods,
-    default_recipe,
-    load_recipe,
-    shipped_recipes,
-)
+from vlmadapters.training.recipes import IN_RECIPE, Recipe, shipped_recipes
 from vlmadapters.validation.candidates import tell_own_amounts
 from vlmadapters.validation.competitors import Competitor, chosen_placement, competitors
 from vlmadapters.validation.options import ValidateOptions
@@ -91,7 +84,8 @@ def validate(
             the choice does not fit the model, or the scores predict nothing.
     """
     asked = validated(ValidateOptions, options, "validate")
-    made = _recipe(model, recipe, asked.shots, method)
+    (made,) = recipes_for(model, [method], () if recipe is None else [recipe])
+    made = made.changed({"shots": asked.shots})
     placed = _competitors(model, made.method, choice, asked, seed)
     if asked.amount == "given" and (chosen := _amount(choice)):
         LOG.warning("amount=given trains at the recipe's amount, not at the choice's %s", chosen)
@@ -205,16 +199,6 @@ def _void(recipe: Recipe, model: Any, table: pd.DataFrame) -> str:
         f"VOID: {tried} changed no prediction of {model.name} {where}, so nothing is shown "
         f"about the choice; try {other}{' '.join(more)}"
     )
-
-
-def _recipe(
-    model: Any, recipe: str | Path | Recipe | None, shots: int | None, method: str
-) -> Recipe:
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe or default_recipe(model.name, method), method)
-    else:
-        check_methods([recipe], [method])
-    return recipe.changed({"shots": shots}, {})
 
 
 def _competitors(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from vlmlayers.errors import UserError
 from vlmlayers.models.tower import Apply, Tower, before_trailing_run, example_texts, same, until
+from vlmlayers.models.trunks import part_of, pixels
 
 _PACKED = 3  # columns behind the pixels of a SigLIP 2 patch: is it one, rows, columns of the image
 
@@ -31,11 +31,11 @@ def find_vision(model: Any) -> Tower:
         name="vision",
         kind="blocks",
         family=f"transformers {settings.model_type}",
-        blocks=_blocks(vision, "vision"),
+        blocks=list(_known(vision, "encoder.layers")),
         width=settings.hidden_size,
         pooling="cls",
         run=lambda images: _embedding(model.get_image_features(pixel_values=images)),
-        example=_pixels(vision),
+        example=pixels(vision, getattr(settings, "image_size", 0)),  # SigLIP 2 has one of its own
         # Spelled so in transformers.
         norm_in=getattr(vision, "pre_layrnorm", same),
         norm=_known(vision, "post_layernorm"),
@@ -67,7 +67,7 @@ def find_text(model: Any) -> Tower:
         name="text",
         kind="blocks",
         family=f"transformers {settings.model_type}",
-        blocks=_blocks(text, "text"),
+        blocks=list(_known(text, "encoder.layers")),
         width=settings.hidden_size,
         pooling="model" if ends is None else "eot",
         pool_note="last token" if ends is None else "end of text",
@@ -97,9 +97,9 @@ def pack(inputs: Any) -> Tensor:
     Returns:
         (image, patch, pixel + 3) float32.
     """
-    pixels = inputs["pixel_values"].float()
-    shapes = inputs["spatial_shapes"][:, None].expand(-1, pixels.shape[1], -1)
-    return torch.cat([pixels, inputs["pixel_attention_mask"][..., None], shapes], dim=-1)
+    patches = inputs["pixel_values"].float()
+    shapes = inputs["spatial_shapes"][:, None].expand(-1, patches.shape[1], -1)
+    return torch.cat([patches, inputs["pixel_attention_mask"][..., None], shapes], dim=-1)
 
 
 def _take_packed(tower: Tower, model: Any) -> None:
@@ -133,18 +133,8 @@ def _take_packed(tower: Tower, model: Any) -> None:
     tower.image_size = side * vision.config.patch_size
 
 
-def _blocks(part: Any, name: str) -> list[nn.Module]:
-    found = getattr(getattr(part, "encoder", None), "layers", None)
-    if found is None:
-        raise UserError(
-            f"no {name} blocks are known in {type(part).__name__}: it has no encoder.layers; known "
-            "are CLIPModel, SiglipModel, Siglip2Model and models with their parts"
-        )
-    return list(found)
-
-
 def _known(part: Any, name: str) -> Any:
-    found = getattr(part, name, None)
+    found = part_of(part, (name,))
     if found is None:
         raise UserError(
             f"{type(part).__name__} has no {name}: known are CLIPModel, SiglipModel, Siglip2Model "
@@ -163,12 +153,3 @@ def _end_of_text(end: int) -> Apply:
     if end == 2:
         return lambda ids: ids.int().argmax(-1)
     return lambda ids: (ids == end).int().argmax(-1)
-
-
-def _pixels(vision: Any) -> Callable[[int], Tensor]:
-    def example(batch: int) -> Tensor:
-        side = vision.config.image_size
-        weight = vision.embeddings.patch_embedding.weight
-        return weight.new_zeros(batch, vision.config.num_channels, side, side)
-
-    return example

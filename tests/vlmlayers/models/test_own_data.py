@@ -659,7 +659,9 @@ def test_some_of_the_images_or_in_another_order_do_not_pass_for_the_extraction(r
     beside = {"labels": LABELS, "class_names": NAMES, **QUIET}
     whole = vl.extract(MODEL, PIXELS, **beside)
     whole.save(tmp_path / "whole")
-    assert vl.extract(MODEL, PIXELS, out=tmp_path / "whole", **beside).vision.ids == whole.vision.ids
+    assert (
+        vl.extract(MODEL, PIXELS, out=tmp_path / "whole", **beside).vision.ids == whole.vision.ids
+    )
     some = whole.take_images(rows)
     vl.LayerFeatures.load(some.save(tmp_path / "some")).save(tmp_path / "some")  # it is itself
     with pytest.raises(vl.UserError, match="some belongs to another extraction: rows"):

@@ -47,7 +47,7 @@ def _parse(stamp: tuple[str, int, int], images: Path) -> tuple[Item, ...]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        name, tab, caption = line.rstrip("\r").partition("\t")
+        name, tab, caption = line.partition("\t")
         if not tab or not caption.strip():
             raise UserError(f"line {number} of {path} is not: file name, tab, caption")
         image = listed_path(name, f"line {number} of {path}", images, path.parent)
