@@ -130,7 +130,7 @@ def merged_weights(method: Method, model: VLM) -> dict[str, Tensor]:
     Raises:
         CannotExport: The method computes something that no weights of the backbone give.
     """
-    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    backbone = Backbone(model.clip, tokenizer=model.tokenize)
     changed = method.merged(backbone)
     if not changed:
         raise CannotExport(UNMERGED)
@@ -153,7 +153,7 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
     Raises:
         CannotExport: The method changes image features, or its logits are no products.
     """
-    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    backbone = Backbone(model.clip, tokenizer=model.tokenize)
     depth = backbone.vision.tower.depth
     refused = CannotExport("changes more than the classes' embeddings, no classifier by themselves")
     # Either way image features would differ from those of the backbone that the file is for.

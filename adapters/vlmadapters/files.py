@@ -182,7 +182,7 @@ def load_method(path: str | Path, model: Any) -> Method:
             f"{path} was trained on a model of equal weights that computes otherwise ({told}); "
             "load it with the configuration of then"
         )
-    backbone = Backbone(model.clip, tokenizer=model.tokenizer)
+    backbone = Backbone(model.clip, tokenizer=model.tokenize)
     method = METHODS[info.config.name].build(info.config, backbone, info.task)
     try:
         method.load_state_dict(state)
@@ -276,7 +276,7 @@ def load_official(
     others = sorted(state.keys() - own.keys())
     if others:
         LOG.info("%s: %d entries are no part of the method: %.80s", path, len(others), others)
-    backbone, classes = Backbone(model.clip, tokenizer=model.tokenizer), task or Task()
+    backbone, classes = Backbone(model.clip, tokenizer=model.tokenize), task or Task()
     try:
         asked = kind.config_of_official(own, str(path), config)
         if settings:

@@ -72,7 +72,7 @@ class Evaluator:
         progress: bool = True,
     ) -> None:
         self.model = model
-        self.backbone = backbone or Backbone(model.clip, tokenizer=model.tokenizer)
+        self.backbone = backbone or Backbone(model.clip, tokenizer=model.tokenize)
         # 100 is the test batch of most public code; the size changes nothing but rounding.
         self.batch_size = batch_size or (500 if model.device.type == "cuda" else 100)
         self.progress = progress

@@ -100,7 +100,7 @@ class Experiment:
         self.save_adapters, self.table = save_adapters, table
         self.cells = CellFolder(self.out)
         with own_modes():
-            self.backbone = Backbone(model.clip, self.train.savings, model.tokenizer)
+            self.backbone = Backbone(model.clip, self.train.savings, model.tokenize)
         self.evaluator = Evaluator(
             model, self.backbone, precision=self.train.precision, progress=progress
         )

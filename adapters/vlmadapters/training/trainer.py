@@ -143,7 +143,7 @@ class Trainer:
         self._check_items()
         self.known_labels = self._labels(self.items)
         self.labels = placed(self.known_labels, self.device)
-        self.backbone = backbone or Backbone(model.clip, self.train.savings, model.tokenizer)
+        self.backbone = backbone or Backbone(model.clip, self.train.savings, model.tokenize)
         self.batch_size = min(self.train.batch_size, len(self.items))
         if any(config.in_steps for config in self.configs):
             processes.check_divides(map(len, self.batches(0)))

@@ -25,6 +25,7 @@ from vlmadapters.data.fewshot import few_shot
 from vlmadapters.data.images import Images, Room
 from vlmadapters.data.options import DataOptions
 from vlmadapters.data.task import Task
+from vlmadapters.methods.base import Method
 from vlmadapters.methods.head_configs import TipConfig
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
@@ -1034,3 +1035,19 @@ def test_training_beats_zero_shot_on_real_base_classes(
     )  # fmt: skip
     base = found[found.split_kind == "base"].set_index("method").accuracy
     assert base["MMA"] > base[ZERO_SHOT_CLIP] + 0.015
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        (lambda ids: ids + 60_000, "take the tokenizer of the model"),
+        (lambda ids: {"input_ids": ids}, "it is to make a tensor of token ids"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused_as_extraction_does(
+    spoilt: Any, message: str
+) -> None:
+    model = shared_backbone()
+    other = replace(model, tokenizer=lambda texts: spoilt(model.tokenizer(texts)))
+    with pytest.raises(UserError, match=message):
+        Evaluator(other).class_features(Method(), Task(("owl", "bus")))
