@@ -249,14 +249,7 @@ class CLIPLoRA(Method):
                 for linear, parts in weights[f"layer_{number}"].items():
                     name = f"{RESBLOCKS[tower]}.{block - 1}.attn.{linear}"
                     found |= {f"{name}.{part}": value for part, value in parts.items()}
-        except (
-            KeyError,
-            IndexError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            StopIteration,
-        ) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise UserError(
                 f"{where} is not a CLIP-LoRA file whose layers are known ({error!r}); its metadata "
                 "must name encoder, position and alpha"

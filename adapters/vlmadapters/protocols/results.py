@@ -103,10 +103,7 @@ def half_fields(truth: NDArray[np.int64], correct: NDArray[np.bool_]) -> dict[st
         correct: (item,) whether the answer is right.
     """
     # The number of an item within its class decides the half: even ones go to the first.
-    order = np.argsort(truth, kind="stable")
-    starts = np.searchsorted(truth[order], truth[order])
-    turn = np.empty(len(truth), dtype=np.int64)
-    turn[order] = (np.arange(len(truth)) - starts) % 2
+    turn = pd.Series(truth).groupby(truth).cumcount().to_numpy() % 2
     halves = (correct[turn == half] for half in (0, 1))
     values = [float(one.mean()) if len(one) else float("nan") for one in halves]
     return dict(zip(("first_half", "second_half"), values))

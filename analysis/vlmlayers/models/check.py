@@ -42,8 +42,8 @@ class Check:
 def models_check(names: Sequence[str] | None = None, *, progress: bool = False) -> pd.DataFrame:
     """Build architectures on the meta device, find both towers and run them on shapes alone.
 
-    Each tower passes a batch of two and of three through its hooks, so a block that is never
-    called, a wrong batch axis or a wrong width shows.
+    Each tower passes a small batch through its hooks, so a block that is never called, a wrong
+    batch axis or a wrong width shows.
 
     Args:
         names: Architectures; all that open_clip knows where None.

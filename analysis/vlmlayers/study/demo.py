@@ -6,6 +6,7 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,10 +20,7 @@ from vlmlayers.study.schema import Study, check_study
 from vlmlayers.words import clauses, text_table
 
 FILE = Path(__file__).parent / "demo.toml"
-MEASURES = (
-    ("dataset_accuracy", "dataset"),
-    ("class_accuracy_ncm", "class"),
-)
+MEASURES = (("dataset_accuracy", "dataset"), ("class_accuracy_ncm", "class"))
 
 
 def demo_study(random_weights: bool = False) -> Study:
@@ -77,16 +75,16 @@ def _listed(parts: Iterable[str]) -> list[str]:
 def position_table(answer: Answer) -> pd.DataFrame:
     """Return per position: dataset and class accuracy of both towers, gap, and whether chosen."""
     scores, choice = answer.scores, answer.choice
-    columns: dict[str, dict[str, float]] = {}
+    columns: dict[str, dict[Any, float]] = {}
     for metric, short in MEASURES:
         if metric not in set(scores["metric"]):
             continue
         frame = curves(scores, metric)
         for tower, part in frame.groupby("tower", sort=False):
-            columns[f"{short} {tower}"] = _by_position(part)
+            columns[f"{short} {tower}"] = part.groupby("position")["value"].mean().to_dict()
     if "centroid_gap" in set(scores["metric"]):
         gap = curves(scores, "centroid_gap")
-        columns["gap"] = _by_position(gap)
+        columns["gap"] = gap.groupby("position")["value"].mean().to_dict()
     depth = max(answer.depths.values())
     positions = ["embed", *map(str, range(1, depth + 1)), "proj"]
     rows = [
@@ -98,11 +96,6 @@ def position_table(answer: Answer) -> pd.DataFrame:
         for position in positions
     ]
     return pd.DataFrame(rows)
-
-
-def _by_position(frame: pd.DataFrame) -> dict[str, float]:
-    means = frame.groupby("position")["value"].mean()
-    return {str(position): float(value) for position, value in means.items()}
 
 
 def _rounded(value: float | None) -> str:

@@ -8,7 +8,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.runs import Run
 from vlmlayers.study.context import StageContext
 from vlmlayers.study.preflight import check_before
-from vlmlayers.study.schema import ModelPart, Study
+from vlmlayers.study.schema import Study
 
 
 def estimate_study(
@@ -31,21 +31,17 @@ def estimate_study(
         )
     root = None if data_root is None else Path(data_root)
 
-    def context_of(part: ModelPart) -> StageContext:
-        return StageContext(Run(Path(out)), study, part, Path(), root)
-
-    contexts = [context_of(part) for part in study.models]
+    contexts = [StageContext(Run(Path(out)), study, part, Path(), root) for part in study.models]
     check_before(contexts, ["extract"])
     _ = contexts[0].datasets  # missing images are said before a model is loaded
     from vlmlayers.models import estimate
 
     parts = []
-    for part in study.models:
-        context = context_of(part)  # one at a time: it holds the loaded model
-        model, options = context.load_model(), study.extract
+    while contexts:
+        context, options = contexts.pop(0), study.extract
         parts.append(
             estimate(
-                model,
+                context.load_model(),  # in no variable, beside which the next one would be loaded
                 [(data.manifest, data.items) for data in context.datasets],
                 out=out,
                 workers=options.workers,

@@ -33,11 +33,8 @@ from vlmlayers.words import UNTRAINED
 
 LOG = logging.getLogger(__name__)
 _UNWANTED = "the study has no table of that name"
-LONG = (
-    "search",
-    "train",
-    "validate",
-)  # stages that take long: a report of what is known so far is written before them
+# Stages that take long: a report of what is known so far is written before them.
+LONG = ("search", "train", "validate")
 
 
 @checked

@@ -198,14 +198,8 @@ def _rows(stamp: tuple[str, int, int], columns: Columns) -> tuple[Row, ...]:
         raise UserError(f"{path} is not a table; its suffix must be one of {', '.join(READERS)}")
     try:
         rows = tuple(_renamed(list(READERS[suffix](path, columns)), columns))
-    except (
-        ValueError,
-        OSError,
-        LookupError,
-        NotImplementedError,
-        csv.Error,
-        RecursionError,
-    ) as error:
+    # A RuntimeError is what is nested too deeply, or in a form that is not implemented.
+    except (ValueError, OSError, LookupError, RuntimeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a table: {str(error)[:200]}") from None
     found = list(dict.fromkeys(key for row in rows for key in row))
     if rows and columns.path not in found:
