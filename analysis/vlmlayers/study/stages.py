@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlmlayers.errors import DataFault, OtherExtraction, UserError
+from vlmlayers.features.store import partial_folder
 from vlmlayers.manifests import Manifest
 from vlmlayers.placement import is_choice
 from vlmlayers.positions import TOWERS
-from vlmlayers.runs import PARTIAL, environment, file_mark, fingerprint
+from vlmlayers.runs import PARTIAL, environment, file_mark, fingerprint, is_first_process
 from vlmlayers.study.context import StageContext, StudyDataset
 from vlmlayers.user_code import code_file, is_user_code, packaged
 from vlmlayers.words import counted
@@ -188,9 +189,11 @@ def _extract_one(
     from vlmlayers.models import extract
 
     options = context.extract_options(data)
-    # A whole store of the same identity would otherwise be taken as it is.
+    # A whole store of the same identity would otherwise be taken as it is, unfinished work resumed.
     if context.force:
         shutil.rmtree(store, ignore_errors=True)
+        if is_first_process():  # which may have begun anew before the others come here
+            shutil.rmtree(partial_folder(store), ignore_errors=True)
     try:
         found = extract(model, data.manifest, data.options["split"], out=store, **options)
     except OtherExtraction as error:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from vlmlayers.cli import app
 from vlmlayers.errors import UserError
-from vlmlayers.features.writer import take_lock
+from vlmlayers.features.writer import StoreWriter, take_lock
 from vlmlayers.files import read_json, write_json
 from vlmlayers.manifests import Manifest
 from vlmlayers.models.devices import resolve_device
@@ -726,6 +726,23 @@ def test_another_extraction_is_refused_and_forced(
         run_study(read_study(file), copy, **options)
     run = run_study(read_study(file), copy, force=True, **options)[0]
     assert {one["items"] for one in run.read_provenance()["datasets"].values()} == {30, 32}
+
+
+def test_unfinished_work_of_another_extraction_is_refused_and_forced(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "out", {"base": study_file.parent, "only": ["extract"]}
+    made = read_study(study_file)
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(StoreWriter, "_seal", lambda _: signal.raise_signal(signal.SIGINT))
+        run_study(made, out, progress=False, **options)
+    assert [path.name for path in (out / "features").iterdir()] == ["digits-test.partial"]
+    extract = made.extract.model_copy(update={"batch_size": 7})
+    other = made.model_copy(update={"extract": extract})
+    with pytest.raises(UserError, match=r"belongs to another extraction.*--force"):
+        run_study(other, out, progress=False, **options)
+    run_study(other, out, progress=False, force=True, **options)
+    assert not list((out / "features").glob("*.partial"))
 
 
 def test_stages_are_picked_and_skipped() -> None:
