@@ -254,7 +254,8 @@ class LASP(LearnedContext):
         if context is None or context.ndim != 2:
             raise UserError(f"{where} holds no {title}: it has no {PREFIX}ctx of words")
         blocks = {int(part[1]) + 1 for part in parts if part[1]}
-        found = {"vision": tuple(sorted(blocks)), "correction": f"{PREFIX}w" in state}
+        found: dict[str, Any] = {"vision": tuple(sorted(blocks))}
+        found["correction"] = f"{PREFIX}w" in state
         if config is None:
             return cls.Config(**found, words="", length=len(context))
         check_settings(config, found, where)
