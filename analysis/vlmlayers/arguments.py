@@ -21,7 +21,7 @@ What an annotation takes, and what the function is given:
   Text is one value, never taken apart. `Iterable[X]` takes the same and leaves iterators as they
   are.
 - `int`: whole numbers, NumPy's too; an `int`. `float`: any number but NaN. `bool`: also 0 and 1.
-- `str`: text. `Path` or `os.PathLike`: text or a path; a `Path`.
+- `str`: text. `Path` or `os.PathLike`: text or a path, `~` in front included; a `Path`.
 - `tuple[X, X]`, `Literal`, `Mapping[X, Y]`, `Callable`, unions and None: as they say. Other
   classes: an instance.
 - `Annotated[X, Takes(…)]`: X in other words, within a range, or converted first.
@@ -292,6 +292,8 @@ def _one_of(kinds: list[_Kind]) -> _Kind:
         wrong = _Wrong(value)
         if isinstance(value, str) and not value and _PATH in kinds:
             raise wrong  # that text may stand for a path does not make the empty one a path
+        if isinstance(value, str) and _PATH in kinds:
+            value = _at_home(value)
         for kind in kinds:
             try:
                 return kind.take(value)
@@ -416,7 +418,12 @@ def _path(value: Any) -> Path:
     # The empty path would be the current folder, and is mostly a variable that was never set.
     if not isinstance(value, str | os.PathLike) or value == "":
         raise _Wrong(value)
-    return Path(os.fspath(value))
+    return Path(_at_home(os.fspath(value)))
+
+
+def _at_home(path: str) -> str:
+    """Return a path with a leading `~` expanded, as shells do; else a folder `~` would be made."""
+    return os.path.expanduser(path)  # noqa: PTH111  (one of an unknown user stays)
 
 
 _ANY = _Kind("anything", "anything", lambda value: value)

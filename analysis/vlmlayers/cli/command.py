@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -33,6 +34,7 @@ WRONG_USAGE: Any = typer.BadParameter.__bases__[0]  # click's, which typer bring
 # What typer says of a value that is not a number, in pydantic's words or its own, and in ours.
 NUMBER = re.compile("(?:Input should be|'[^']*' is not) a valid (int|integer|number|float)\\b.*")
 WHOLE = ("int", "integer")
+HOME = re.compile(r"(--[a-z-]+=)(~.*)", re.DOTALL)  # shells expand it at the start of a word alone
 
 app = typer.Typer(
     cls=Verbs,
@@ -90,6 +92,11 @@ def _as_setting(error: Any) -> str:
     return f"; a setting is given as --set {setting}=…" if "--set" in known else ""
 
 
+def _at_home(word: str) -> str:
+    found = HOME.fullmatch(word)
+    return found[1] + os.path.expanduser(found[2]) if found else word  # noqa: PTH111
+
+
 def _terminate(*_: Any) -> None:
     # `timeout` and schedulers send it to a process and to its group: once is heard, and what has to
     # be put away then is put away in peace.
@@ -108,7 +115,8 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             # Otherwise click would print its own errors and exit before those below are reached.
-            sys.exit(app(standalone_mode=False, prog_name="vlmlayers") or 0)
+            words = [_at_home(word) for word in sys.argv[1:]]
+            sys.exit(app(words, standalone_mode=False, prog_name="vlmlayers") or 0)
     except typer.Abort:
         sys.exit(1)
     except WRONG_USAGE as error:

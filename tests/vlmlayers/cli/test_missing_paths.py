@@ -32,3 +32,11 @@ def test_it_is_said_where_a_relative_path_was_looked_for(
         main()
     assert stop.value.code == 2
     assert f"(looked for {tmp_path / name})" in "".join(capsys.readouterr())
+
+
+def test_a_home_after_an_equals_sign_is_found_as_well(call, monkeypatch, tmp_path):
+    """Shells expand `~` at the start of a word alone, and a folder `~` would be made here."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    code, _, error = call("train", "mini-clip", "faces", "--out=~/file")
+    assert code == 2 and str(tmp_path / "file") in error.replace("\n", "")
