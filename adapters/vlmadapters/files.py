@@ -91,7 +91,8 @@ def save_method(
         "weights_hash": model.weights_hash,
         "structure": model.identity()["structure"],
         "task": (task or Task()).to_dict(),
-        "provenance": dict(provenance or {}),
+        # As a reader will see it, where keys are text: the checksum sorts by them.
+        "provenance": json.loads(json.dumps(dict(provenance or {}))),
     }
     state = {key: value.cpu() for key, value in method.state_dict().items()}
     text = json.dumps({**info, "checksum": _checksum(info, state)}, indent=1)
@@ -195,8 +196,10 @@ def load_method(path: str | Path, model: Any) -> Method:
 
 def _tell_other_images(path: str | Path, info: CheckpointInfo, model: Any) -> None:
     """Warn where images are prepared otherwise than in the training, which weights do not show."""
-    then, now = info.provenance.get("model", {}).get("preprocessing"), model.preprocessing
-    if not then or not now:
+    # A caller's provenance may hold anything under these names.
+    made, now = info.provenance.get("model"), model.preprocessing
+    then = made.get("preprocessing") if isinstance(made, Mapping) else None
+    if not isinstance(then, dict) or not then or not now:
         return
     as_stated = {"makes": "what it states"}  # where nothing was put in place of the model's own
     then, now = as_stated | then, as_stated | now

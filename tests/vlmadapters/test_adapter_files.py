@@ -159,6 +159,15 @@ def test_images_prepared_otherwise_than_in_the_training_are_told(
     assert "prepared otherwise (makes what it states then and " in caplog.text
 
 
+@pytest.mark.parametrize("made", ["ViT-B-16", {"preprocessing": "mine"}, {10: "a", 9: "b"}])
+def test_provenance_may_say_anything(made: Any, tmp_path: Path) -> None:
+    """A name in place of a model's identity was a traceback, keys as numbers "altered"."""
+    model = shared_backbone()
+    adapter = new_adapter(model.clip, CONFIG)
+    path = save_method(tmp_path / "a", adapter, model, provenance={"model": made})
+    assert same(load_method(path, model), adapter)
+
+
 def test_another_precision_than_in_the_training_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
