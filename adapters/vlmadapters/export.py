@@ -151,7 +151,8 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
         with them, + bias.
 
     Raises:
-        CannotExport: The method changes image features, or its logits are no products.
+        CannotExport: The method changes image features, its logits are no products, or the task has
+            no class.
     """
     backbone = Backbone(model.clip, tokenizer=model.tokenize)
     depth = backbone.vision.tower.depth
@@ -160,6 +161,8 @@ def class_embeddings(method: Method, model: VLM, task: Task) -> dict[str, Tensor
     own_images = type(method).image_features is not Method.image_features
     if own_images or method.start("vision", depth) <= depth:
         raise refused
+    if not task.class_names:
+        raise CannotExport("was saved without its classes; name some (classes=, --classes)")
     generator = torch.Generator().manual_seed(0)
     probe = F.normalize(torch.randn(4, backbone.joint, generator=generator), dim=-1)
     clip: Any = backbone.clip

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from vlmadapters import MMAConfig
 from vlmadapters.clip.frozen import Backbone
-from vlmadapters.data.task import TaskData
+from vlmadapters.data.task import Task, TaskData
 from vlmadapters.device import own_modes
 from vlmadapters.export import class_embeddings, export, merged_weights
 from vlmadapters.files import save_method
@@ -337,6 +337,18 @@ def test_a_file_is_not_named_for_another_format_than_it_gets(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"CoOp is written as safetensors .*\*.safetensors"):
         export(coop, model, tmp_path / "m.pt")
     assert {path.stem for path in tmp_path.iterdir()} == {"mma", "coop"}
+
+
+def test_an_adapter_that_is_not_there_or_names_no_class_is_said_to_be_so(tmp_path: Path) -> None:
+    """The first was a traceback where the file to write was there, the second one of torch."""
+    (tmp_path / "x.safetensors").write_bytes(b"of an earlier export")
+    with pytest.raises(UserError, match="cannot read the adapter"):
+        export(tmp_path / "no.safetensors", shared_backbone(), tmp_path / "x.safetensors")
+    model, kind = shared_backbone(), METHODS["tip"]
+    bare = kind.build(kind.Config(), Backbone(model.clip), Task())
+    path = save_method(tmp_path / "bare", bare, model)
+    with pytest.raises(UserError, match="saved without its classes; name some"):
+        export(path, model, tmp_path / "x.safetensors", form="classes")
 
 
 @pytest.mark.parametrize(
