@@ -98,7 +98,8 @@ def folds(
     Of every four folds (as many as there are shots, where these are fewer) each holds out another
     share of the shots; further ones start over with the shots in another order. Of two neighbouring
     folds the second trains on the classes that the first held out whole, and every pair draws these
-    anew. The first of many folds are those of few: work on them is not done twice.
+    anew. The first of many folds are those of few: work on them is not done twice. A class of fewer
+    images holds one out in each fold, in turn, or a fold of such classes would test none.
 
     Args:
         data: The dataset.
@@ -172,7 +173,8 @@ def _held_out(
     test: list[Item] = []
     for label, shots in enumerate(by_class):
         for place, item in enumerate(shots):
+            turns = min(parts, len(shots))
             # A single item is trained on: held out, it would test a class that was not trained.
-            held = place % parts == part and len(shots) > 1
+            held = place % turns == part % turns and len(shots) > 1
             (test if held or label >= base else train).append(replace(item, label=label))
     return train, test

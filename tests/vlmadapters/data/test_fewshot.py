@@ -130,6 +130,19 @@ def test_classes_without_an_image_are_said_once(
     assert {0} in held_out and not caplog.messages  # green's one image is in one fold at most
 
 
+def test_classes_of_few_images_are_tested_in_every_fold(tmp_path: Path) -> None:
+    """Two with two images each, drawn as the inner base ones, stopped a search at fold 7."""
+    for name, size in zip("abcdefgh", (8, 8, 2, 2, 1, 1, 1, 1)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(size):
+            Image.new("RGB", (4, 4)).save(tmp_path / "train" / name / f"{number}.png")
+    data = TaskData(str(tmp_path), shared_backbone())
+    for seed in range(4):
+        for fold in folds(data, 8, seed, 8):
+            assert {0, 1} <= {item.label for item in fold.test("all")}
+            assert {0, 1} == {item.label for item in fold.shots(8, 1, "base")}
+
+
 def test_all_that_is_drawn_is_of_the_items_that_were_first_listed(tmp_path: Path) -> None:
     """An image added in the middle of a run is in no draw of it: the identity does not name it."""
 
