@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy
 
+from vlmadapters.validation.means import DIGITS
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.intervals import LEVEL
 
@@ -123,7 +124,8 @@ def difference(table: pd.DataFrame, setting: str, other: str, criterion: str) ->
     The folds of one draw share training items, so their differences vary less than independent
     ones would: the variance of the mean over n folds is taken as s² · (1/n + h/(1 − h)), where h is
     the share of shots that a fold holds out. More folds shrink the first term alone, and give s²
-    more degrees of freedom. Datasets and seeds are fixed; their variances add up.
+    more degrees of freedom. Datasets and seeds are fixed; their variances add up. Where all folds
+    differ alike nothing is known of the variance, and the interval reaches zero.
 
     Reference: Nadeau and Bengio, Inference for the generalization error, 2003.
 
@@ -152,11 +154,13 @@ def difference(table: pd.DataFrame, setting: str, other: str, criterion: str) ->
     spread = float(np.sqrt(np.sum(terms)) / len(groups))
     # Summed over draws, which is right where their variances are equal.
     freedom = sum(len(part) - 1 for part in groups.values())
-    half = _quantile(freedom, 1 - LEVEL) * spread
+    quantile = _quantile(freedom, 1 - LEVEL)
+    # Accuracies of few items come in steps: that folds end alike is no certainty, and reaches 0.
+    half = quantile * spread if spread > 10**-DIGITS else abs(mean)
     keys: list[Any] = list(paired.index)
     rows = tuple((str(d), int(s), int(f), float(v)) for (d, s, f), v in zip(keys, paired))
     wins = int((paired > 0).sum())
-    return Difference(mean, mean - half, mean + half, wins, rows, spread, freedom)
+    return Difference(mean, mean - half, mean + half, wins, rows, half / quantile, freedom)
 
 
 def _quantile(freedom: int, outside: float) -> float:

@@ -159,7 +159,7 @@ def test_left_out_is_what_ran_in_no_heat_or_diverged_each_setting_once() -> None
     """A placement that the amount heat had no budget for ran in the next, and was "left out"."""
     gains = {"a": 0.0, "b": 1.0, "again": 2.0, "dear": 0.5, "wild": 0.7}
     track = Planted(
-        {name: [gain, gain + 0.01] for name, gain in gains.items()},
+        {name: [gain, 1.01 * gain] for name, gain in gains.items()},
         {"a": 0.25, "b": 0.25, "again": 1.0, "dear": 9.0, "wild": 0.25},
         2,
         {"wild": 1},
@@ -174,6 +174,17 @@ def test_left_out_is_what_ran_in_no_heat_or_diverged_each_setting_once() -> None
         "dear": "budget", "wild": "it diverged",
     }  # fmt: skip
     assert len(race.left_out) == 2
+
+
+def test_folds_of_few_items_that_end_alike_decide_nothing() -> None:
+    """One more right answer of 8 in both folds was an advantage of 12.5 [12.5, 12.5]."""
+    track = Planted({"a": [-50.0, -75.0], "b": [-62.5, -87.5]}, {"a": 0.25, "b": 0.25}, 2)
+    a, b = map(Setting, track.gains)
+    race = Race(track, "accuracy")  # type: ignore[arg-type]
+    assert race.run("amount", a, [b]) is a
+    found = race.heats[0].difference
+    assert (found.mean, found.low, found.decided) == (12.5, 0.0, False)
+    assert found.among(3)[0] < 0
 
 
 def test_what_dropped_out_of_one_heat_is_dear_in_the_next() -> None:
