@@ -39,6 +39,7 @@ GROUP = [
 ADDED: dict[str, Any] = {"settings": "", "recipe": "", "parameters": 0, "seconds": 0.0}
 # What tells trainings of one method apart beside the placement.
 OFTEN_ALIKE = ("settings", "recipe", "shots")
+WORDS = [key for key in (*GROUP, "note") if key != "shots"]  # empty where a file has no value
 # What a summary reads.
 READ = [*(k for k in GROUP if k not in ADDED), "dataset", "split_kind", "seed", "accuracy", "note"]
 Results = Annotated[pd.DataFrame, Takes("a results table, as `train` returns it", "such tables")]
@@ -152,17 +153,16 @@ def summarise(results: Results) -> pd.DataFrame:
     table = results.assign(source=_comparable_source(results))
     # What tables lack that were written before there were several methods.
     table = table.assign(**{key: value for key, value in ADDED.items() if key not in table})
+    table[WORDS] = worded(table, WORDS)
     refuse_conflicts(table, [*GROUP, *CELL])
     # Of any source: averages that stand side by side are of the same datasets.
-    of_protocol = table.groupby("protocol", dropna=False)["source"]
-    trained = {str(name): set(sources) for name, sources in of_protocol}
-    # Empty fields of a table read from a file are NaN, whose groups pandas drops by default.
+    trained = {name: set(sources) for name, sources in table.groupby("protocol")["source"]}
     for key, part in table.groupby(GROUP, sort=False, dropna=False):
         head = dict(zip(GROUP, key))
         # A training has a row for each half that it is tested on.
         seconds = part.drop_duplicates(["dataset", "seed"])["seconds"].mean()
         cost = {"parameters": int(part["parameters"].max()), "seconds": seconds}
-        rows += [head | row | cost for row in _datasets(part, trained[str(head["protocol"])])]
+        rows += [head | row | cost for row in _datasets(part, trained[head["protocol"]])]
     summary = pd.DataFrame(rows)
     averages = summary.loc[summary["dataset"] == "average"]
     alike = averages.groupby("protocol")["note"].transform("nunique") == 1
@@ -206,8 +206,7 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
     )
     if {"base", "novel"} <= set(seeds.columns):
         seeds["hm"] = [harmonic_mean(b, n) for b, n in zip(seeds["base"], seeds["novel"])]
-    # `pandas.read_csv` reads an empty note as NaN.
-    noted = set(part["dataset"][part["note"].astype(object).fillna("") != ""])
+    noted = set(part["dataset"][part["note"] != ""])
     for dataset, block in seeds.groupby(level="dataset", sort=False):
         notes = _notes(part[part["dataset"] == dataset]) if dataset in noted else []
         rows += _metrics(str(dataset), block, "; ".join(notes))
@@ -220,7 +219,7 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
 
 def _notes(rows: pd.DataFrame) -> list[str]:
     """Return each note of a setting's rows on a dataset, and of what part of them if not of all."""
-    written = rows[rows["note"].astype(object).fillna("") != ""]
+    written = rows[rows["note"] != ""]
     kinds, seeds = rows["split_kind"].nunique(), rows["seed"].nunique()
     found = []
     for note, part in written.groupby("note", sort=False):

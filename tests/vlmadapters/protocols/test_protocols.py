@@ -328,6 +328,10 @@ def test_a_results_file_as_pandas_reads_it_is_summarised(tmp_path: Path) -> None
     columns = ["method", "dataset", "metric", "mean", "seeds"]
     read = summarise(pd.read_csv(tmp_path / "results.csv"))
     pd.testing.assert_frame_equal(read[columns], summarise(found)[columns])
+    # Joined with a table in memory, zero-shot CLIP was two methods, without an average.
+    joined = pd.concat([found, pd.read_csv(tmp_path / "results.csv").assign(dataset="other")])
+    average = summarise(joined).query("dataset == 'average'")
+    assert set(average["method"]) == set(found["method"])
 
 
 def test_the_seconds_of_a_summary_are_of_trainings_not_of_rows() -> None:
