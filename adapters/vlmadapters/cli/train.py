@@ -26,7 +26,7 @@ from vlmadapters.methods import METHODS
 from vlmadapters.methods.config import OURS
 from vlmadapters.protocols.options import TrainOptions
 from vlmadapters.protocols.table import protocol_of
-from vlmlayers.arguments import taken
+from vlmlayers.arguments import PRECISIONS, taken
 from vlmlayers.cli.options import (
     DataRoot,
     Device,
@@ -201,6 +201,7 @@ def evaluate(
         METHODS.config(method)  # a file's is known from here on
     if template is not None:
         taken("evaluate", "template", Template, template)
+    check_one_of("precision", precision, PRECISIONS)
     kinds = kind or ["all"]
     for name in kinds:
         check_one_of("kind of classes", name, SPLIT_KINDS)

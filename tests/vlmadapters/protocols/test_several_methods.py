@@ -51,6 +51,7 @@ def test_a_placement_is_for_every_method_or_for_the_one_it_names() -> None:
         (["--method", "mma,coop", "--placement", "v5,t5"], "coop acts at no vision block; .*mma:5"),
         (["--method", "mma", "--placement", "coop:t1"], "is for coop, and mma is trained"),
         (["--method", "mma,coop", "--set", "leng=4"], "unknown key 'leng' in --set"),
+        (["evaluate", "mini-clip", "faces", "--precision", "fp9"], "unknown precision 'fp9'"),
     ],
 )
 def test_mistakes_are_one_line_before_torch(words: list[str], message: str, tmp_path: Path) -> None:
@@ -61,7 +62,8 @@ def test_mistakes_are_one_line_before_torch(words: list[str], message: str, tmp_
         "assert isinstance(done.exception, UserError), done.exception\n"
         "assert 'torch' not in sys.modules\nprint(done.exception)"
     )
-    command = ["train", "mini-clip", "faces", "--out", str(tmp_path / "o"), *words]
+    training = ["train", "mini-clip", "faces", "--out", str(tmp_path / "o")]
+    command = words if words[0] == "evaluate" else [*training, *words]
     done = subprocess.run(
         [sys.executable, "-c", code, *command], capture_output=True, text=True, check=False
     )
