@@ -111,8 +111,9 @@ class Kept:
 
     def _keep(self, path: Hashable, image: Tensor) -> bool:
         fits = self.room.take(self, image.numel())
-        if fits:
-            self._images[path] = image
+        # Of two threads that make one image the first is kept.
+        if fits and self._images.setdefault(path, image) is not image:
+            self.room.give_back({path: image})
         return fits
 
     def expect(self, path: str) -> None:

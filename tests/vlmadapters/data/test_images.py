@@ -369,6 +369,22 @@ def test_room_that_others_leave_meanwhile_is_not_taken_twice() -> None:
     assert not room.take(Kept(room), 11) and room.used == 0
 
 
+def test_an_image_that_two_threads_make_at_once_takes_its_room_once() -> None:
+    room, both = Room(1000), threading.Barrier(2)
+    kept = Kept(room)
+
+    def make() -> torch.Tensor:
+        both.wait(10)
+        return torch.zeros(100, dtype=torch.uint8)
+
+    threads = [threading.Thread(target=kept.get, args=("a", make)) for _ in range(2)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert room.used == kept.forget() == 100
+
+
 def none(*given: Any, **options: Any) -> Any:
     raise AssertionError("an image is opened here")
 
