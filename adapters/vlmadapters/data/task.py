@@ -341,7 +341,9 @@ class TaskData:
 
     def _sampled(self, split: str) -> list[Item]:
         items = self._items(split)
-        return balanced_sample(items, self.limit, 0) if self.limit else items
+        if not self.limit:
+            return items
+        return balanced_sample([item for item in items if item.label >= 0], self.limit, 0)
 
     def _readable(self, items: list[Item]) -> list[Item]:
         if not self.options.skip_unreadable:

@@ -196,6 +196,8 @@ def test_images_without_a_class_among_others_are_said(
     said = "mixed: 1 of 3 images in split 'test' have no class and are left out, first test.tar/0"
     assert caplog.text.count(said) == 1
     assert [item.label for item in data.test("all")] == [0, 1]
+    # They take no share of the items asked for.
+    assert len(TaskData(str(file), shared_backbone(), limit=2).test("all")) == 2
     # Features would hold them, and nothing that reads features may.
     refused = "mixed: 1 of 3 items have no class, first train.tar/0.png"
     with pytest.raises(UserError, match=refused):
