@@ -50,9 +50,7 @@ class Fold(TaskData):
         held_out: float,
         drawn_by: str,
     ) -> None:
-        super().__init__(
-            replace(data.manifest, name=name), data.model, data.root, descriptions=data.descriptions
-        )
+        super().__init__(replace(data.manifest, name=name), data.model, data.root)
         self.origin, self.apart, self.held_out = data.origin, apart, held_out
         self.drawn_by = drawn_by
         self.class_names = tuple(class_names)

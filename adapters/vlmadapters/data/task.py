@@ -115,7 +115,6 @@ class TaskData:
         options: How its images are read. The log names the first of those that are left out
             and their number; training images among them are replaced by others.
         limit: Use at most so many test items, balanced over classes; 0 uses all.
-        descriptions: Class name to descriptions, for methods that use them.
 
     Attributes:
         origin: Name of the dataset that the items are of, as recipes know it.
@@ -127,7 +126,6 @@ class TaskData:
     root: Any = None
     options: ReadOptions = field(default_factory=ReadOptions)
     limit: int = 0
-    descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     manifest: Manifest = field(init=False)
     origin: str = field(init=False)
     drawn_by: str = field(default="", init=False)
@@ -173,14 +171,12 @@ class TaskData:
     def task(self, kind: str, template: str = TEMPLATE) -> Task:
         """Return the task of telling `all`, `base` or `novel` classes apart."""
         names = tuple(self.names(kind))
-        described = {name: tuple(self.descriptions.get(name, ())) for name in self.class_names}
         return Task(
             names,
             template,
             self.manifest.name,
             self.manifest.zero_shot_template,
             tuple(name for name in self.class_names if name not in names),
-            tuple((name, texts) for name, texts in described.items() if texts),
         )
 
     def _labels(self, kind: str) -> tuple[int, ...]:
