@@ -83,21 +83,12 @@ def _drawn(items: Iterable[Item], shots: int, generator: random.Random) -> list[
     ]
 
 
-def base_novel_labels(labels: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return base labels (the first ⌈n/2⌉ of the sorted labels) and novel labels."""
-    ordered = sorted(set(labels))
-    half = ceil(len(ordered) / 2)
-    return tuple(ordered[:half]), tuple(ordered[half:])
-
-
 def kind_labels(kind: str, labels: Iterable[int]) -> tuple[int, ...]:
-    """Return the labels of `all`, `base` or `novel` classes, sorted."""
+    """Return the labels of `all`, `base` (the first ⌈n/2⌉) or `novel` classes, sorted."""
     check_one_of("kind of classes", kind, SPLIT_KINDS)
-    everything = tuple(sorted(set(labels)))
-    if kind == "all":
-        return everything
-    base, novel = base_novel_labels(everything)
-    return base if kind == "base" else novel
+    ordered = tuple(sorted(set(labels)))
+    half = ceil(len(ordered) / 2)
+    return {"all": ordered, "base": ordered[:half], "novel": ordered[half:]}[kind]
 
 
 def relabelled(items: Iterable[Item], labels: Sequence[int]) -> list[Item]:

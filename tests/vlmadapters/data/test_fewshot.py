@@ -11,7 +11,6 @@ from backbones import shared_backbone
 from PIL import Image
 
 from vlmadapters.data.fewshot import (
-    base_novel_labels,
     base_or_novel,
     few_shot,
     few_shot_validation,
@@ -185,7 +184,8 @@ def test_test_images_among_those_for_training_are_said_once(
 
 
 def test_halves_are_cut_at_the_sorted_labels_and_relabelled() -> None:
-    assert base_novel_labels([3, 1, 0, 2, 4]) == ((0, 1, 2), (3, 4))
+    assert kind_labels("base", [3, 1, 0, 2, 4]) == (0, 1, 2)
+    assert kind_labels("novel", [3, 1, 0, 2, 4]) == (3, 4)
     items = some_items()
     base, novel = base_or_novel(items, "base", range(5)), base_or_novel(items, "novel", range(5))
     assert {i.label for i in base} == {0, 1, 2}
