@@ -113,15 +113,17 @@ def _holders(recipe: Any) -> dict[str, Any]:
 
 def _with_settings(recipe: Any, settings: Mapping[str, Any]) -> Any:
     holders, savings = _holders(recipe), recipe.train.savings
-    values: dict[int, dict[str, Any]] = {
-        id(one): {} for one in (recipe.train, savings, recipe.method)
-    }
-    for key, value in settings.items():
-        if key in holders:
-            kind = get_type_hints(type(holders[key]), include_extras=True)[key]
-            values[id(holders[key])][key] = taken("--set", key, kind, value)
-    train = {**values[id(recipe.train)], "savings": replace(savings, **values[id(savings)])}
-    return recipe.replaced(train, values[id(recipe.method)])
+
+    def given(record: Any) -> dict[str, Any]:
+        kinds = get_type_hints(type(record), include_extras=True)
+        return {
+            key: taken("--set", key, kinds[key], value)
+            for key, value in settings.items()
+            if holders.get(key) is record
+        }
+
+    train = {**given(recipe.train), "savings": replace(savings, **given(savings))}
+    return recipe.replaced(train, given(recipe.method))
 
 
 def check_inputs(
