@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from vlmadapters.validation.chance import by_chance
-from vlmadapters.validation.means import correlation_interval
+from vlmadapters.validation.means import DIGITS, correlation_interval
 from vlmadapters.validation.repeatability import signs
 from vlmadapters.validation.verdict import SIGNIFICANCE, Array, interval, outcomes
 from vlmlayers.selection.prediction import PLACEMENT_SCORES
@@ -106,13 +106,9 @@ def holm(p: Array) -> Array:
 
 
 def _tau(guess: Array, trained: Array) -> Array:
-    """Return Kendall's τ-b of one ranking with many, (draw,), by the signs of all pairs."""
+    """Return Kendall's τ-b of one ranking with many, (draw,)."""
     # One product for all draws, where scipy's `kendalltau` takes one pair of rankings at a time.
-    upper = np.triu_indices(len(guess), 1)
-    a = np.sign(guess[upper[0]] - guess[upper[1]])  # (pair,)
-    b = np.sign(trained[:, upper[0]] - trained[:, upper[1]])  # (draw, pair)
-    scale = np.sqrt((a != 0).sum() * (b != 0).sum(1))
-    return np.divide(b @ a, scale, out=np.zeros(len(b)), where=scale > 0)
+    return (signs(trained) @ signs(guess)).round(DIGITS)
 
 
 def predictors(correlations: pd.DataFrame) -> str:
