@@ -87,7 +87,7 @@ def with_published(summary: pd.DataFrame, titles: dict[str, str]) -> pd.DataFram
         ours = summary[summary["protocol"] == protocol]
         tested = set(ours["dataset"]) - {"average"}
         if transfer:
-            ours = ours[~ours["source"].isin(["", None])]
+            ours = ours[ours["source"] != ""]
             kinds = set(zip(ours["dataset"], ours["dataset"] == ours["source"]))
             table = table[[(spelling[one], one == SOURCE) in kinds for one in table["dataset"]]]
             tested -= set(ours["source"])

@@ -156,18 +156,25 @@ def summarise(results: Results) -> pd.DataFrame:
     table[WORDS] = worded(table, WORDS)
     refuse_conflicts(table, [*GROUP, *CELL])
     # Of any source: averages that stand side by side are of the same datasets.
-    trained = {name: set(sources) for name, sources in table.groupby("protocol")["source"]}
+    of_protocol = table.groupby("protocol")["source"]
+    trained = {str(name): set(sources) for name, sources in of_protocol}
     for key, part in table.groupby(GROUP, sort=False, dropna=False):
         head = dict(zip(GROUP, key))
         # A training has a row for each half that it is tested on.
         seconds = part.drop_duplicates(["dataset", "seed"])["seconds"].mean()
         cost = {"parameters": int(part["parameters"].max()), "seconds": seconds}
-        rows += [head | row | cost for row in _datasets(part, trained[head["protocol"]])]
+        rows += [head | row | cost for row in _datasets(part, trained[str(head["protocol"])])]
     summary = pd.DataFrame(rows)
     averages = summary.loc[summary["dataset"] == "average"]
     alike = averages.groupby("protocol")["note"].transform("nunique") == 1
     summary.loc[alike.index[alike], "note"] = ""
     return summary
+
+
+def harmonic_means(base: pd.Series, novel: pd.Series) -> pd.Series:
+    """Return the harmonic mean of each pair, 0 where both are 0 and NaN where one is."""
+    both = base + novel
+    return (2 * base * novel / both).where(both != 0, 0.0)
 
 
 def refuse_conflicts(results: pd.DataFrame, keys: list[str]) -> None:
@@ -205,7 +212,7 @@ def _datasets(part: pd.DataFrame, trained: set[str]) -> list[dict[str, Any]]:
         sort=False,
     )
     if {"base", "novel"} <= set(seeds.columns):
-        seeds["hm"] = [harmonic_mean(b, n) for b, n in zip(seeds["base"], seeds["novel"])]
+        seeds["hm"] = harmonic_means(seeds["base"], seeds["novel"])
     noted = set(part["dataset"][part["note"] != ""])
     for dataset, block in seeds.groupby(level="dataset", sort=False):
         notes = _notes(part[part["dataset"] == dataset]) if dataset in noted else []
@@ -241,7 +248,7 @@ def _average(seeds: pd.DataFrame) -> pd.DataFrame:
     )
     mean = complete.groupby(level="seed").mean()
     if {"base", "novel"} <= set(mean.columns):
-        mean["hm"] = [harmonic_mean(b, n) for b, n in zip(mean["base"], mean["novel"])]
+        mean["hm"] = harmonic_means(mean["base"], mean["novel"])
     return mean
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy
 
+from vlmadapters.protocols.results import harmonic_means
 from vlmadapters.validation.means import DIGITS
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.intervals import LEVEL
@@ -32,9 +33,8 @@ def _log_likelihood(table: pd.DataFrame) -> pd.Series:
 
 def _accuracy(table: pd.DataFrame) -> pd.Series:
     base, novel = table["base"], table["novel"]
-    both = (2 * base * novel / (base + novel)).where(base + novel > 0, 0.0)
     # Folds without held-out classes have base accuracy alone.
-    return both.where(novel.notna(), base)
+    return harmonic_means(base, novel).where(novel.notna(), base)
 
 
 CRITERIA: dict[str, tuple[Callable[[pd.DataFrame], pd.Series], str]] = {

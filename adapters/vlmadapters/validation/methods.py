@@ -12,6 +12,7 @@ from vlmadapters.protocols.results import (
     OFTEN_ALIKE,
     ZERO_SHOT_CLIP,
     ZERO_SHOT_METHODS,
+    harmonic_means,
     names,
     refuse_conflicts,
     worded,
@@ -28,7 +29,6 @@ from vlmadapters.validation.verdict import (
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
 from vlmlayers.placement import ZERO_SHOT
-from vlmlayers.scores.summaries import harmonic_mean
 
 KEYS = ["placement", "dataset", "seed"]
 BY_ITSELF = "did worse by its own interval alone"
@@ -172,7 +172,7 @@ def _cells(results: pd.DataFrame) -> pd.DataFrame:
     trained = halves[~halves["method"].isin(ZERO_SHOT_METHODS)]
     found = _wide(trained.assign(placement=names(trained)), [*KEYS, "parameters"]).reset_index()
     plain = _wide(halves[halves["method"] == ZERO_SHOT_CLIP], ["dataset"]).add_prefix("zero_shot_")
-    found["hm"] = [harmonic_mean(base, novel) for base, novel in zip(found.base, found.novel)]
+    found["hm"] = harmonic_means(found["base"], found["novel"])
     return found.assign(kind="").join(plain, on="dataset")
 
 

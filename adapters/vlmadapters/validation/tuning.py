@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from vlmadapters.protocols.results import harmonic_means
 from vlmadapters.training.recipes import Recipe
 from vlmadapters.validation.candidates import tried_amounts
 from vlmadapters.validation.judge import ranking
@@ -92,9 +93,7 @@ def times(setting: Recipe, of: Recipe, steps: float) -> float:
 
 def _over_amount(track: Track, tried: dict[str, list[Recipe]]) -> pd.DataFrame:
     table = track.table
-    base, novel = table["base"], table["novel"]
-    hm = (2 * base * novel / (base + novel)).where(base + novel != 0, 0.0)
-    table = table.assign(hm=hm)
+    table = table.assign(hm=harmonic_means(table["base"], table["novel"]))
     means = table.groupby("setting")[["base", "novel", "hm"]].mean()
     count = table["setting"].value_counts()
     rows = [

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from vlmadapters.protocols.results import harmonic_means
 from vlmadapters.validation.means import DIGITS, Mean, leave_one_out
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.checks import Array
@@ -180,10 +181,9 @@ def with_zero_shot(table: pd.DataFrame) -> pd.DataFrame:
         return table
     plain = table.drop_duplicates(["dataset", "seed"])
     base, novel = plain["zero_shot_base"], plain["zero_shot_novel"]
-    # 0 / 0 where both are 0, whose harmonic mean is 0.
-    hm = (2 * base * novel / (base + novel)).fillna(0.0)
     plain = plain.assign(placement=ZERO_SHOT, kind=ZERO_SHOT, parameters=0)
-    return pd.concat([table, plain.assign(base=base, novel=novel, hm=hm)])
+    plain = plain.assign(base=base, novel=novel, hm=harmonic_means(base, novel))
+    return pd.concat([table, plain])
 
 
 def compare(table: pd.DataFrame, chosen: str) -> pd.DataFrame:
