@@ -71,7 +71,7 @@ def _marks(place: Place, content: bool) -> Callable[[str], str]:
 def _mark(content: bool, file: str | Path) -> str:
     try:
         if content:
-            return file_checksum(file)
+            return file_checksum(Path(file))
         status = os.stat(file)  # noqa: PTH116
     except OSError:
         return ABSENT
