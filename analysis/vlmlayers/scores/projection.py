@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vlmlayers.arguments import Count, Natural, Position, Seed, checked
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.positions import is_block
+from vlmlayers.positions import TOWERS, is_block
 from vlmlayers.scores.parts import balanced_rows, refuse_not_finite
 from vlmlayers.scores.reading import partner_block
 from vlmlayers.scores.scoring import expect_one_model
@@ -65,9 +65,12 @@ def project(
     if tower == "both" and space != "joint":
         raise UserError("images and texts have the same width in the joint space only: "
                         "space='joint'")  # fmt: skip
-    names = ("vision", "text") if tower == "both" else (tower,)
-    found = [_points(part, part.tower(name), position, space, seed, items)
-             for part in parts for name in names]  # fmt: skip
+    names = TOWERS if tower == "both" else (tower,)
+    found = [
+        _points(part, part.tower(name), _place(part, name, position, tower), space, seed, items)
+        for part in parts
+        for name in names
+    ]
     values = np.concatenate([array for array, _ in found])  # (item, width)
     if len(values) < LEAST:
         raise UserError(
@@ -148,13 +151,18 @@ def _one_model(parts: Sequence[LayerFeatures]) -> None:
             )
 
 
+def _place(features: LayerFeatures, name: str, position: str, shown: str) -> str:
+    """Return the position at which a tower is read: of texts beside images the partner's."""
+    if shown != "both" or name == "vision" or not is_block(position):
+        return position
+    own, other = (features.tower(tower).blocks for tower in TOWERS)
+    return str(partner_block(int(position), own, other))
+
+
 def _points(
     features: LayerFeatures, tower: TowerFeatures, position: str, space: str, seed: int, items: int
 ) -> tuple[NDArray[np.float32], pd.DataFrame]:
     """Return features and what the items are, of a balanced draw of one tower."""
-    if tower.tower == "text" and features.vision is not None and is_block(position):
-        block = partner_block(int(position), features.vision.blocks, tower.blocks)
-        position = str(block)
     tower.require_vectors()
     rows = balanced_rows(tower.labels, items, np.random.default_rng(seed))
     frame = pd.DataFrame({

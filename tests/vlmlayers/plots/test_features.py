@@ -15,6 +15,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from scipy.spatial.distance import pdist
 
 import vlmlayers as vl
 from vlmlayers.errors import UserError
@@ -64,6 +65,25 @@ def test_projection_keeps_planted_distances() -> None:
     for method in ("pca", "tsne"):
         one, two = (project(planted(), 2, space="joint", method=method, seed=3) for _ in range(2))
         assert one.equals(two)
+
+
+def test_texts_alone_are_read_at_their_own_blocks() -> None:
+    """Beside images they are read at the block of equal relative depth."""
+    generator = np.random.default_rng(0)
+    images = {block: generator.normal(size=(8, 2)) for block in "1234"}
+    words = {block: generator.normal(size=(8, 2)) for block in "12"}
+    features = vl.LayerFeatures.from_arrays(
+        images, words, labels=range(8), class_names=list("abcdefgh"), space="joint"
+    )
+    alone = replace(features, vision=None)
+    for block in words:
+        one, other = (project(f, block, tower="text", space="joint") for f in (features, alone))
+        assert one.equals(other)
+    pairs = {"1": "1", "2": "1", "3": "2", "4": "2"}
+    for block, partner in pairs.items():
+        table = project(features, block, tower="both", space="joint")
+        apart = pdist(np.vstack([images[block], words[partner]]))
+        assert pdist(table[["x", "y"]]) == pytest.approx(apart, abs=1e-5)
 
 
 def test_neighbours_are_those_of_the_cosine() -> None:
