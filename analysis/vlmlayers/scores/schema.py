@@ -12,7 +12,7 @@ import pandas as pd
 
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError, one_line
-from vlmlayers.files import atomically, file_checksum, write_csv, write_text
+from vlmlayers.files import atomically, file_checksum, read_json, write_csv, write_text
 from vlmlayers.positions import sort_key
 from vlmlayers.runs import score_table
 from vlmlayers.scores.reading import Reading, check_columns, check_scores, in_words
@@ -202,14 +202,11 @@ def _sidecar(path: Path) -> dict[str, Any]:
     sidecar = path.parent / SIDECAR
     if not sidecar.exists():
         return {}
-    try:
-        notes: dict[str, Any] = json.loads(sidecar.read_text())
-        expected = notes["sha256"].get(path.name)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{sidecar} is damaged; run `vlmlayers score` again or delete it"
-        ) from error
-    if expected and expected != file_checksum(path):
+    notes = read_json(sidecar, advice="run `vlmlayers score` again or delete it")
+    marks = notes.get("sha256")
+    if not isinstance(marks, dict):
+        raise UserError(f"{sidecar} is damaged; run `vlmlayers score` again or delete it")
+    if path.name in marks and marks[path.name] != file_checksum(path):
         raise UserError(
             f"{path} does not match its checksum in {SIDECAR}: half-written or edited; "
             f"run `vlmlayers score` again, or delete {SIDECAR} to accept it"

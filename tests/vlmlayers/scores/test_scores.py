@@ -1554,9 +1554,23 @@ def test_altered_and_damaged_tables_are_refused(scores: pd.DataFrame, tmp_path) 
     scores.head(2).assign(value=["high", "low"]).to_csv(text, index=False)
     with pytest.raises(UserError, match="text where a number belongs"):
         read_scores(text)
-    (tmp_path / "scores.json").write_text(json.dumps([1]))
-    with pytest.raises(UserError, match="is damaged"):
-        read_scores(text)
+    for content, why in (([1], "must hold an object"), ({"sha256": 1}, "is damaged")):
+        (tmp_path / "scores.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"{why}.* run `vlmlayers score` again or delete it"):
+            read_scores(text)
+
+
+def test_names_in_any_script_are_read_where_the_locale_is_not_utf8(
+    scores: pd.DataFrame, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = scores.head(20)
+    table.attrs["refused"] = [{"reason": "of café"}]
+    write_scores(table, tmp_path)
+    plain = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, encoding="ascii", **more: plain(path, encoding, **more)
+    )
+    assert read_scores(tmp_path).attrs["refused"] == [{"reason": "of café"}]
 
 
 def test_a_folder_that_cannot_be_written_is_named(scores: pd.DataFrame, tmp_path) -> None:
