@@ -252,7 +252,9 @@ class Answer:
                 f"{shlex.join(['vlmlayers', 'score', folder])} again"
             )
         again = f"run {shlex.join(['vlmlayers', 'select', folder, *self._chosen_as()])} again"
-        searched, why = self.choice.evidence.get("search"), _not_of(self.choice, self.scores)
+        weights_hash = str(self.attributes.get("weights_hash", ""))
+        searched = self.choice.evidence.get("search")
+        why = _not_of(self.choice, self.scores, weights_hash)
         if not why and not searched and (lost := self.unscored):
             why = f"they hold nothing of the {join(lost)} tower"
         if why:
@@ -475,14 +477,14 @@ def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _not_of(choice: LayerChoice, scores: pd.DataFrame) -> str:
+def _not_of(choice: LayerChoice, scores: pd.DataFrame, weights_hash: str) -> str:
     """Return in what the scores that a choice was made from differ from some; empty if in nothing.
 
     Of rules that ship the values are recorded that they read, of others a mark of all values.
     """
     evidence = choice.evidence
-    ours = [*scores[["model", "weights"]].iloc[0], scores.attrs.get("weights_hash", "")]
-    if other := choice.of_another(*map(str, ours)):
+    model, weights = map(str, scores[["model", "weights"]].iloc[0])
+    if other := choice.of_another(model, weights, weights_hash):
         return other
     read = {t: one["values"] for t, one in evidence.get("towers", {}).items() if one.get("values")}
     if "scores" in evidence and evidence["scores"] != values_mark(scores):

@@ -293,6 +293,12 @@ def test_a_choice_from_other_scores_is_told(tmp_path: Path, rule: str) -> None:
         answer = read_answer(run.folder)
         assert answer.doubts[0].startswith(told) and why in answer.doubts[0]
     assert told in written(run)
+    scores.attrs["weights_hash"] = "a" * 64
+    select(scores, rule, resamples=20).save(run.choice)
+    for digit in "ab":  # two files of one name
+        scores.attrs["weights_hash"] = digit * 64
+        write_scores(scores, run.folder)
+        assert ("aaaaaaaaaaaa), not of toy" in read_answer(run.folder).stale) == (digit == "b")
 
 
 def test_a_choice_by_an_earlier_search_is_told(tmp_path: Path) -> None:
