@@ -22,11 +22,13 @@ def tell_copies(features: Iterable[LayerFeatures]) -> None:
 
     Of exact copies an image in the test part has its like in the part that was fitted, and its
     nearest neighbour is itself; those of two datasets are in both. Near copies are not looked for.
+    A dataset that is recorded several times, as by two poolings, is looked at once.
     """
-    known: list[tuple[LayerFeatures, Rows]] = []
+    known: dict[str, Rows] = {}
     for one in features:
-        rows = _rows(one)
-        if len(rows) == 1:  # features that are all the same, which metrics refuse
+        name = f"{one.dataset} ({one.split})"
+        rows = {} if name in known else _rows(one)
+        if len(rows) <= 1:  # none to look at, or all the same, which metrics refuse
             continue
         ids = one.vision.ids if one.vision is not None else ()
         if again := [found for found in rows.values() if len(found) > 1]:
@@ -41,17 +43,15 @@ def tell_copies(features: Iterable[LayerFeatures]) -> None:
                 ids[first],
                 ids[second],
             )
-        for other, theirs in known:
-            if (other.dataset, other.split) == (one.dataset, one.split):
-                continue  # as of two poolings
+        for other, theirs in known.items():
             if shared := len(rows.keys() & theirs.keys()):
                 LOG.warning(
                     "%s and %s share %s: nothing tells of which dataset one is",
-                    f"{other.dataset} ({other.split})",
-                    f"{one.dataset} ({one.split})",
+                    other,
+                    name,
                     counted(shared, "image"),
                 )
-        known.append((one, rows))
+        known[name] = rows
 
 
 def _rows(one: LayerFeatures) -> Rows:

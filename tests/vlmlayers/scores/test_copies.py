@@ -50,3 +50,9 @@ def test_one_dataset_recorded_twice_holds_no_copies(
     both = [features("one", x), features("one", x, pooling="cls")]
     score(both, ["fisher_ratio"], progress=False)
     assert "share" not in caplog.text and "copies" not in caplog.text
+    x[4] = x[5]
+    both = [features(name, x, pooling=how) for name in ("one", "two") for how in ("cls", "mean")]
+    score(both, ["fisher_ratio"], progress=False)
+    assert [line.partition(":")[0] for line in caplog.messages] == [
+        "one", "two", "one (val) and two (val) share 29 images",
+    ]  # fmt: skip
