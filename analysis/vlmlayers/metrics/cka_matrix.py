@@ -10,7 +10,8 @@ import numpy as np
 from vlmlayers.arguments import Count, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.agreement import biased_signature, debiased_signature, linear_kernel
-from vlmlayers.metrics.checks import ROUNDING, Array, matrix, varies
+from vlmlayers.metrics.checks import Array, matrix, numbers, varies
+from vlmlayers.metrics.moments import hsic
 from vlmlayers.words import counted
 
 GRAM_BYTES = 2**29  # kept Gram matrices may take half a gigabyte, else features are summed
@@ -43,6 +44,7 @@ def cka_matrix(
     Reference: Kornblith et al. 2019; debiased: Song et al. 2012.
     """
     check_one_of("form", form, ("auto", "gram", "feature"))
+    xs, ys = _layers(xs), _layers(ys)
     sizes = {len(z) for z in [*xs, *ys]}
     if len(sizes) != 1:
         raise UserError(f"layers have {sorted(sizes)} items; rows must be paired")
@@ -52,6 +54,14 @@ def cka_matrix(
     if form == "auto":
         form = cheaper_form(n, [z.shape[1] for z in xs], [z.shape[1] for z in ys])
     return _by_gram(xs, ys, debiased) if form == "gram" else _by_features(xs, ys, debiased, block)
+
+
+def _layers(side: Sequence[Any]) -> list[Any]:
+    """Return layers as arrays; what has a shape stays, as it may be read in blocks from a file."""
+    layers = [z if hasattr(z, "shape") else numbers(z, "a layer") for z in side]
+    if not layers or any(len(z.shape) != 2 for z in layers):
+        raise UserError("cka_matrix takes two lists of layers, (item, width) each")
+    return layers
 
 
 def cheaper_form(n: int, widths: Sequence[int], others: Sequence[int]) -> str:
@@ -127,8 +137,5 @@ def _hsic(
             others = squares if y is x else np.square(b).sum(axis=1)
             sizes[j] += others.sum()
             joint[j] += squares @ others
-    total = np.array([np.square(c).sum() for c in cross])
-    if not debiased:
-        return total
-    found = total - n / (n - 2) * joint + own * sizes / ((n - 1) * (n - 2))
-    return np.where(np.abs(found) > ROUNDING * total, found, 0.0)  # as in `moments.hsic`
+    sums = zip(cross, sizes, joint)
+    return np.array([hsic(n, c, own, size, both, debiased) for c, size, both in sums])

@@ -279,6 +279,11 @@ def test_the_matrix_of_layers_holds_the_cka_of_each_pair(form: str, debiased: bo
     expected = [[cka(x, y, debiased=debiased) for y in ys] for x in xs]
     found = cka_matrix(xs, ys, debiased=debiased, form=form, block=16)
     assert found == pytest.approx(np.array(expected), abs=1e-6)
+    lists = [[z.tolist() for z in side] for side in (xs, ys)]
+    assert cka_matrix(*lists, debiased=debiased, form=form) == pytest.approx(found)
+    for wrong in (xs[0], [], [xs[0][0]]):
+        with pytest.raises(UserError, match="two lists of layers"):
+            cka_matrix(wrong, ys, form=form)
 
 
 def test_the_cheaper_form_is_chosen() -> None:
