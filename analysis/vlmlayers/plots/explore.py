@@ -115,11 +115,11 @@ def _pictures(
     """Return one thumbnail per image as a data URI, looked up by the points."""
     from PIL import Image
 
-    wanted = {str(row["key"]) for row in rows if row["modality"] == "image"}
+    wanted = {(row["dataset"], row["key"]) for row in rows if row["modality"] == "image"}
     found = []
     for part in parts:
         head = f"{part.dataset}/"
-        ids = sorted(key.removeprefix(head) for key in wanted if key.startswith(head))
+        ids = sorted(key.removeprefix(head) for name, key in wanted if name == part.dataset)
         several = isinstance(data, Mapping) and part.dataset in data
         for name, array in thumbnails(
             part, ids, data[part.dataset] if several else data, SIDE
