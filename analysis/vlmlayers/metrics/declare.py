@@ -28,6 +28,13 @@ NEEDS = {
     MODEL: "the model itself, run with blocks changed or backwards",
     "heads": "what the attention of each head does, recorded for each item",
 }
+NULLS = {  # what chance gives, in words
+    "shuffle": "shuffled pairs",
+    "gaussian": "white noise of the same shape",
+    "columns": "each column shuffled by itself",
+    "none": "",
+    "classes": "1 / number of classes",
+}
 SORTS = {"datasets": "datasets", "dataset confusion": "datasets", "styles": "styles"}
 NATIVE = ("native", "normed", "joint")
 JOINT = ("joint",)
@@ -125,13 +132,8 @@ class Metric:
         """What chance gives, in words."""
         if isinstance(self.null, (int, float)):
             return f"{self.null:g}"
-        words = {
-            "shuffle": "shuffled labels" if self.needs in ("labels", MODEL) else "shuffled pairs",
-            "gaussian": "white noise of the same shape",
-            "columns": "each column shuffled by itself",
-            "none": "",
-            "classes": f"1 / number of {SORTS.get(self.needs, 'classes')}",
-        }
+        if self.null == "shuffle" and self.needs in ("labels", MODEL):
+            return "shuffled labels"
         if isinstance(self.null, str):
-            return words[self.null]
+            return NULLS[self.null].replace("classes", SORTS.get(self.needs, "classes"))
         return (getdoc(self.null) or "").split("\n\n")[0].removeprefix("Return ").rstrip(".")

@@ -174,7 +174,7 @@ def retrieval(x: Given, y: Given, pairs: Any = None, *, k: Count = 1) -> float:
     return float(retrieval_hits(x, y, pairs, k=k).mean())
 
 
-def retrieval_null(n_texts: int, matches: Labels, k: int) -> float:
+def retrieval_null(n_texts: int, matches: Labels, k: int = 1) -> float:
     """Return 1 − Π (N − m − i)/(N − i) over i < k for m matches of N: recall of a random order."""
     steps = np.arange(min(k, n_texts))[None, :]
     left = np.maximum(n_texts - matches[:, None] - steps, 0) / (n_texts - steps)

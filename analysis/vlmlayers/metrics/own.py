@@ -11,7 +11,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 from vlmlayers.errors import UserError, check_one_of, one_line
-from vlmlayers.metrics.declare import INF, MODEL, NEEDS, Metric
+from vlmlayers.metrics.declare import INF, MODEL, NEEDS, NULLS, Metric
 from vlmlayers.user_code import name_of
 
 OWN = "own"  # the level of such a metric
@@ -74,6 +74,8 @@ def declared(found: Any, where: str) -> Metric:
             "function goes into metrics= as it is"
         )
     check_one_of("needs", found.needs, NEEDS, where=where)
+    if isinstance(found.null, str):
+        check_one_of("null", found.null, NULLS, where=where)
     try:
         low, high = map(float, found.bounds)
     except (TypeError, ValueError):

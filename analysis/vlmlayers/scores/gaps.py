@@ -128,10 +128,8 @@ def run_modalities(scoring: Scoring) -> None:
             matching = match(member, metric.largest_n, scoring.options)
             for point in _points(scoring, name, metric, member):
                 point.require(min(len(matching.images), len(matching.pairs)), "pairs")
-                try:
+                with point.guarded():
                     _add_gap(point, member.tower("text"), matching)
-                except UserError as error:
-                    point.refuse(str(error))
 
 
 def run_queries(scoring: Scoring) -> None:
@@ -140,7 +138,8 @@ def run_queries(scoring: Scoring) -> None:
         with scoring.out.attempt(name, member.dataset, "", ""):
             matching = match(member, metric.largest_n, scoring.options)
             for point in _points(scoring, name, metric, member):
-                _add_retrieval(point, member.tower("text"), matching)
+                with point.guarded():
+                    _add_retrieval(point, member.tower("text"), matching)
 
 
 def _points(scoring: Scoring, name: str, metric: Metric, member: LayerFeatures) -> Iterator[Point]:
@@ -253,7 +252,7 @@ def _add_retrieval(point: Point, text: TowerFeatures, matching: Matching) -> Non
         asking.add(
             values.mean(),
             mean_interval(values, w[:, asked], metric.is_share),
-            metric.null(len(y), matches, arguments["k"]),
+            metric.null(len(y), matches, **arguments),
             len(values),
             interval="bootstrap",
             pairs=matching.kind,

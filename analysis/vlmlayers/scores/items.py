@@ -214,6 +214,11 @@ def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int, shared:
         return float(metric.null(len(x), given[0] if given else width))
     if metric.null == "none":
         return float("nan")
+    if (metric.null == "shuffle") != bool(given):
+        lacking = "features alone" if given else "labels"
+        raise UserError(
+            f"the null {metric.null!r} of {point.name} needs {lacking}; declare another one"
+        )
     arguments = point.arguments(width=width)
     if metric.null == "gaussian":
         return _gaussian_null(metric.function, len(x), width, tuple(arguments.items()))
@@ -221,10 +226,6 @@ def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int, shared:
         rng = generator(Draw.SHUFFLED_COLUMNS)
         draws = (rng.permuted(x, axis=0) for _ in range(point.options.shuffles))
         return float(np.mean([metric.function(draw, **arguments) for draw in draws]))
-    if not given:
-        raise UserError(
-            f"the null {metric.null!r} of {point.name} needs labels; declare another one"
-        )
     rng = generator(Draw.SHUFFLED_LABELS)
     labels = np.stack([rng.permutation(given[0]) for _ in range(point.options.shuffles)])
     if metric.relabelled is not None:

@@ -69,11 +69,15 @@ def run_pairs(scoring: Scoring, *, within: bool = True) -> None:
     for name, metric in scoring.metrics.items():
         wanted.setdefault(metric.base or name, set()).add(name)
     for base, names in wanted.items():
-        for space in scoring.options.spaces_of(_entry(scoring, base)):
+        metric = _entry(scoring, base)
+        for space in scoring.options.spaces_of(metric):
             with scoring.out.timed(base):
                 for pairing in pairings(scoring, base, space):
-                    if within or not pairing.within:
-                        _run_matrix(scoring, pairing, base, names)
+                    first = pairing.sides[0].features
+                    point = Point(base, metric, pairing.dataset, first, space, "", scoring)
+                    with point.guarded():
+                        if within or not pairing.within:
+                            _run_matrix(point, pairing, names)
 
 
 def _entry(scoring: Scoring, name: str) -> Metric:
@@ -224,16 +228,9 @@ def _aligned(
     return _Rows(_class_keys(member, common), mean_of_classes)
 
 
-def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) -> None:
-    metric, options = _entry(scoring, base), scoring.options
-    point = Point(
-        base, metric, pairing.dataset, pairing.sides[0].features, pairing.space, "", scoring
-    )
-    try:
-        point.require(pairing.n, pairing.kind)
-    except UserError as error:
-        point.refuse(str(error))
-        return
+def _run_matrix(point: Point, pairing: Pairing, names: set[str]) -> None:
+    metric, options = point.metric, point.options
+    point.require(pairing.n, pairing.kind)
     labels = [_usable(side, point) for side in pairing.sides]
     if not all(labels):
         return
@@ -258,7 +255,7 @@ def _run_matrix(scoring: Scoring, pairing: Pairing, base: str, names: set[str]) 
     )
     for name in sorted(names):
         if not name.endswith("_max"):
-            matrix.add_cells(name, calibrate=name != base)
+            matrix.add_cells(name, calibrate=name != point.name)
         elif not pairing.within:
             matrix.add_largest(name)
 
@@ -313,17 +310,19 @@ class _Matrix:
         # The identity is a permutation as well; without it p could be 0.
         return (1.0 + better) / (1.0 + len(shuffled))
 
-    def cell(self, name: str, i: int, j: int) -> Point:
-        """Return the place of a cell."""
+    def add(
+        self, name: str, i: int, j: int, value: Array, ends: Any, chance: Any, p: Array, **more: Any
+    ) -> None:
+        """Add the value of a cell; one that the metric cannot take leaves the other cells."""
         other = self.pairing.sides[1].features.tower, self.labels[1][j]
         # Of its own bounds: what is calibrated falls below chance, where the metric cannot be.
-        return replace(
-            self.point,
-            name=name,
-            metric=_entry(self.point.scoring, name),
-            position=self.labels[0][i],
-            other=other,
+        metric = _entry(self.point.scoring, name)
+        cell = replace(
+            self.point, name=name, metric=metric, position=self.labels[0][i], other=other
         )
+        noted = self.noted | {"p": round(float(p), 4)} | more
+        with cell.guarded():
+            cell.add(float(value), ends, chance, self.pairing.n, **noted)
 
     def add_cells(self, name: str, calibrate: bool) -> None:
         """Add a row per cell; within a tower each pair of positions once."""
@@ -337,14 +336,8 @@ class _Matrix:
         low, high = jackknife_interval(value, left_out)
         for i, j in np.ndindex(value.shape):
             if not (self.pairing.within and j < i):
-                self.cell(name, i, j).add(
-                    float(value[i, j]),
-                    (float(low[i, j]), float(high[i, j])),
-                    float(chance[i, j]),
-                    self.pairing.n,
-                    **self.noted,
-                    p=round(float(p[i, j]), 4),
-                )
+                at = i, j
+                self.add(name, i, j, value[at], (low[at], high[at]), chance[at], p[at])
 
     def add_largest(self, name: str) -> None:
         """Add the closest pair of positions, calibrated by the closest pair of each permutation."""
@@ -355,17 +348,9 @@ class _Matrix:
         shuffled = extreme(self.shuffled, axis=(1, 2))
         left_out = calibrated(extreme(self.left_out, axis=(1, 2)), shuffled, self.best)
         moved = calibrated(value, shuffled, self.best)
-        low, high = jackknife_interval(moved, left_out)
+        ends, p = jackknife_interval(moved, left_out), self.beaten_by(shuffled, value)
         i, j = np.argwhere(self.value == value)[0]
-        self.cell(name, i, j).add(
-            float(moved),
-            (float(low), float(high)),
-            0.0,
-            self.pairing.n,
-            **self.noted,
-            p=round(float(self.beaten_by(shuffled, value)), 4),
-            raw=round(float(value), 6),
-        )
+        self.add(name, i, j, moved, ends, 0.0, p, raw=round(float(value), 6))
 
 
 class _Signatures:

@@ -124,6 +124,14 @@ class Point:
         """Count seconds, and turn the metric's complaint about its input into a refusal."""
         return self.scoring.out.attempt(self.name, self.dataset, self.features.tower, self.position)
 
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Turn the metric's complaint into a refusal, where seconds are counted around it."""
+        try:
+            yield
+        except UserError as error:
+            self.refuse(str(error))
+
     def refuse(self, reason: str) -> None:
         """Note that there is no value here, and why."""
         self.scoring.out.refuse(self.name, self.dataset, self.features.tower, self.position, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from synthetic import make_features, many
 
 import vlmlayers as vl
 from vlmlayers.errors import UserError
-from vlmlayers.metrics import METRICS, Metric, fisher_ratio
+from vlmlayers.metrics import METRICS, Metric, fisher_ratio, retrieval
+from vlmlayers.metrics.gap import retrieval_hits, retrieval_null
 from vlmlayers.scores import refusals
 
 QUICK = {"bootstrap": 20, "shuffles": 3, "jackknife": 5}
@@ -137,6 +139,8 @@ def bounded(bounds: Any) -> Metric:
         (bounded(None), r"METRICS\['mine'\] has bounds None; they are two numbers"),
         (bounded((1.0, 0.0)), r"bounds \(1.0, 0.0\); they are two numbers, the smallest"),
         (bounded((0.0, float("nan"))), r"bounds \(0.0, nan\); they are two numbers"),
+        (replace(bounded((0, 9)), null="shufle"), "unknown null 'shufle' in .*mean 'shuffle'"),
+        (Metric(fisher_ratio, "own", "labels", "", "", (0, 99), null="gaussian"), "features alone"),
     ],
 )
 def test_what_a_notebook_declares_wrongly_is_named(
@@ -152,6 +156,37 @@ def test_a_value_outside_its_declared_bounds_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setitem(METRICS, "mine", Metric(mean_norm, "own", "features", "", ""))
     with pytest.raises(UserError, match=r"mine is \d.*, and declares bounds of 0 and 1"):
         vl.score(make_features(), ["mine"], **QUICK)
+
+
+def test_what_one_metric_refuses_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agreement and retrieval too: what fails at one place has no value there alone."""
+
+    def widths(x: np.ndarray, y: np.ndarray) -> float:
+        if x.shape[1] < y.shape[1]:
+            raise UserError("the first is narrower")
+        return x.shape[1] / y.shape[1]
+
+    entry = Metric(widths, "agreement", "pairs", "", "", null="shuffle")
+    monkeypatch.setitem(METRICS, "widths", entry)
+    ranks = Metric(retrieval, "gap", "queries", "", "", per_item=retrieval_hits,
+                   null=retrieval_null, spaces=("joint",))  # fmt: skip
+    monkeypatch.setitem(METRICS, "first", ranks)
+    features = make_features()
+    features.vision.arrays["joint"]["2"][3] = 0.0
+    names = ["widths", "retrieval_r1", "first", "pair_distance"]
+    table = vl.score(features, names, jobs=1, **QUICK)
+    refused = {(note["metric"], note["position"]): note["reason"] for note in
+               table.attrs["refused"]}  # fmt: skip
+    for name in names[1:]:
+        rows = table[(table["metric"] == name) & (table["tower"] == "vision")]
+        assert list(rows["position"]) == ["embed", "1", "3", "proj"]
+        assert "row of zeros (item 3)" in refused[name, "2"]
+    same = [of(table, name).drop(columns=["metric", "options"]) for name in names[1:3]]
+    pd.testing.assert_frame_equal(*(one.reset_index(drop=True) for one in same))
+    own = of(table, "widths")  # of 24 columns, of 16 in texts, and 12 at `proj`
+    assert own["tower"].equals(own["other_tower"]) and set(own["value"]) == {1.0}
+    assert refused["widths", ""] == "the first is narrower"
+    assert refused["widths", "2"] == "widths is 1.333, and declares bounds of 0 and 1"
 
 
 def test_a_metric_from_a_file(tmp_path: Path, scores: pd.DataFrame) -> None:
