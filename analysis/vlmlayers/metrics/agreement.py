@@ -8,11 +8,11 @@ position × position matrix is one product, and a permutation of items costs one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
-from vlmlayers.arguments import Count, Takes, checked
+from vlmlayers.arguments import Count, Positive, checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.metrics.checks import (
     ROUNDING,
@@ -27,9 +27,10 @@ from vlmlayers.metrics.checks import (
     unit,
     varies,
 )
-from vlmlayers.metrics.moments import hsic
+from vlmlayers.metrics.moments import CrossMoments, Moments, cka_from
 
 Signature = Callable[..., Array]
+SIGMA = 0.5  # width of the RBF kernel, in units of the root of the median squared distance
 
 
 def linear_kernel(x: Array) -> Array:
@@ -38,7 +39,7 @@ def linear_kernel(x: Array) -> Array:
     return x @ x.T
 
 
-def rbf_kernel(x: Array, *, sigma: float = 0.5) -> Array:
+def rbf_kernel(x: Array, *, sigma: float) -> Array:
     """Return exp(−‖x_i − x_j‖² / 2s²) with s = sigma × the root of the median squared distance.
 
     The median is over all n² pairs, as published: an item with itself counts.
@@ -106,13 +107,13 @@ def debiased_signature(kernel: Array) -> Array:
     return _normalised(hollow, np.linalg.norm(kernel))
 
 
-def rbf_signature(squares: Array, *, sigma: float = 0.5) -> Array:
+def rbf_signature(squares: Array) -> Array:
     """Return the debiased signature of the RBF kernel, from squared distances.
 
     From these and not from the kernel: some of the items have a median distance of their own, and
     what is left without a group of them is the metric of the rest.
     """
-    return debiased_signature(_rbf(squares, sigma))
+    return debiased_signature(_rbf(squares, SIGMA))
 
 
 def neighbour_signature(kernel: Array, *, k: int = 10) -> Array:
@@ -175,7 +176,7 @@ def cka(
     *,
     debiased: bool = True,
     kernel: str = "linear",
-    sigma: Annotated[float, Takes(above=0)] = 0.5,
+    sigma: Positive = SIGMA,
     form: str = "auto",
 ) -> float:
     """Return centred kernel alignment of paired rows.
@@ -202,7 +203,7 @@ def cka(
     # Unbiased HSIC divides by n − 3.
     x, y = paired(x, y, 4 if debiased else 2)
     if kernel == "linear" and (form == "feature" or (form == "auto" and prefers_features(x, y))):
-        return _feature_cka(x, y, debiased)
+        return cka_from(Moments.of(x), Moments.of(y), CrossMoments.of(x, y), debiased=debiased)
     signature = debiased_signature if debiased else biased_signature
     if kernel == "linear":
         first, second = linear_kernel(x), linear_kernel(y)
@@ -216,22 +217,6 @@ def prefers_features(x: Array, y: Array) -> bool:
     n, a, b = len(x), x.shape[1], y.shape[1]
     # n²(a + b) operations for two Gram matrices against n·a·b for one product of columns.
     return n * (a + b) > a * b
-
-
-def hsic_features(x: Array, y: Array, debiased: bool) -> float:
-    """Return (n(n − 3) times) HSIC of centred features; no n × n matrix is formed."""
-    first, second = np.square(x).sum(axis=1), np.square(y).sum(axis=1)
-    sizes = float(first.sum()), float(second.sum()), float(first @ second)
-    return hsic(len(x), x.T @ y, *sizes, debiased)
-
-
-def _feature_cka(x: Array, y: Array, debiased: bool) -> float:
-    cross = hsic_features(x, y, debiased)
-    own = hsic_features(x, x, debiased) * hsic_features(y, y, debiased)
-    # Unbiased estimates may come out negative for few items, and then have no root.
-    if own <= 0.0:
-        raise UserError("the features have no agreement with themselves; use more items")
-    return cross / float(np.sqrt(own))
 
 
 @checked

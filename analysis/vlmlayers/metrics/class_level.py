@@ -25,6 +25,7 @@ from vlmlayers.metrics.checks import (
     squared_distances,
     unit,
 )
+from vlmlayers.metrics.moments import shrinkage_of
 
 
 @checked
@@ -248,7 +249,8 @@ def _shrunk_inverse(x: Array, width: int | None) -> Callable[[Array], Array]:
     # Shrinkage aims at the mean variance over all columns, also those that a rotation left out.
     n = len(x)
     covariance = x.T @ x / n
-    shrinkage, size = shrinkage_of(x, covariance, max(width or 0, x.shape[1]))
+    fourth = float(np.square(np.square(x).sum(axis=1)).sum())
+    shrinkage, size = shrinkage_of(covariance, n, fourth, max(width or 0, x.shape[1]))
     ridge = shrinkage * size
     # Fully shrunk, Σ is a multiple of the identity and needs no factor.
     if shrinkage >= 1.0:
@@ -260,23 +262,6 @@ def _shrunk_inverse(x: Array, width: int | None) -> Callable[[Array], Array]:
     # Solved and never inverted: an inverse costs more and loses the digits of small eigenvalues.
     factor = scipy.linalg.cho_factor(covariance, lower=True, overwrite_a=True)
     return lambda columns: np.asarray(scipy.linalg.cho_solve(factor, columns))
-
-
-def shrinkage_of(x: Array, covariance: Array, width: int) -> tuple[float, float]:
-    """Return Ledoit–Wolf shrinkage and mean variance of centred rows, from rotation invariants.
-
-    Reference: Ledoit and Wolf 2004, section 3.
-    """
-    n = len(x)
-    norms = np.square(x).sum(axis=1)
-    frobenius = float(np.square(covariance).sum())
-    mean_variance = float(norms.sum()) / (n * width)
-    delta = frobenius - width * mean_variance**2
-    # Σ‖x xᵀ − S‖² = Σ‖x‖⁴ − n‖S‖²: no outer product is formed.
-    beta = (float(np.square(norms).sum()) / n - frobenius) / n
-    if delta <= 0.0:
-        return 1.0, mean_variance
-    return float(np.clip(beta / delta, 0.0, 1.0)), mean_variance
 
 
 def reduce_rows(x: Any) -> Array:

@@ -50,7 +50,7 @@ def effective_rank(x: Given) -> float:
 def rank_of(eigenvalues: Array) -> float:
     """Return the effective rank from the eigenvalues of the scatter."""
     # Singular values, as in RankMe; the entropy of eigenvalues is `spectral_entropy`.
-    return float(np.exp(_entropy(np.sqrt(eigenvalues))))
+    return float(np.exp(entropy_of(np.sqrt(eigenvalues))))
 
 
 @checked
@@ -63,8 +63,10 @@ def spectral_entropy(x: Given) -> float:
 
 
 def entropy_of(eigenvalues: Array) -> float:
-    """Return the von Neumann entropy from the eigenvalues of the scatter."""
-    return _entropy(eigenvalues)
+    """Return the entropy of values at sum 1, of the eigenvalues of the scatter von Neumann's."""
+    # 0 log 0 is 0 in the limit but NaN in floating point.
+    share = eigenvalues[eigenvalues > 0.0] / eigenvalues.sum()
+    return float(-(share * np.log(share)).sum())
 
 
 @checked
@@ -218,9 +220,3 @@ def centred_null(n: int, width: int) -> float:
     """Return the mean centred cosine of items without structure, −1/(n − 1)."""
     # Centred rows sum to zero: each has to point away from the others a little.
     return -1.0 / (n - 1)
-
-
-def _entropy(values: Array) -> float:
-    # 0 log 0 is 0 in the limit but NaN in floating point.
-    share = values[values > 0.0] / values.sum()
-    return float(-(share * np.log(share)).sum())

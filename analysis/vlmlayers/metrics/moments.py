@@ -169,10 +169,11 @@ def cka_from(x: Moments, y: Moments, cross: CrossMoments, *, debiased: bool = Tr
     """Return linear CKA from sums of paired rows.
 
     Raises:
-        UserError: Fewer than four pairs, or constant features.
+        UserError: Fewer than four pairs to debias from, or features that are constant or equally
+            far apart.
     """
     n = cross.n
-    if n < 4:
+    if debiased and n < 4:
         raise UserError(f"{counted(n, 'pair')}; at least 4 are needed")
     both = hsic(n, cross.cross, cross.sizes[0], cross.sizes[1], cross.x2y2, debiased)
     own = [
@@ -320,6 +321,27 @@ def _mixed_root(roots: Sequence[Array], counts: Sequence[int], rng: np.random.Ge
     parts = [root @ white_noise_root(n, width, rng) for root, n in zip(roots, rows)]
     both = np.hstack(parts) / np.sqrt(sum(counts) - 1)
     return both if both.shape[1] <= width else triangle(both.T).T
+
+
+def shrinkage_of(covariance: Array, n: int, fourth: float, width: int) -> tuple[float, float]:
+    """Return Ledoit–Wolf shrinkage and mean variance of centred rows, from rotation invariants.
+
+    Args:
+        covariance: Of the rows, possibly rotated into their span.
+        n: Number of rows.
+        fourth: Σ ‖x‖⁴.
+        width: Width before the rotation.
+
+    Reference: Ledoit and Wolf 2004, section 3.
+    """
+    mean_variance = float(np.trace(covariance)) / width
+    frobenius = float(np.square(covariance).sum())
+    delta = frobenius - width * mean_variance**2
+    if delta <= 0.0:
+        return 1.0, mean_variance
+    # Σ‖x xᵀ − S‖² = Σ‖x‖⁴ − n‖S‖²: no outer product is formed.
+    beta = (fourth / n - frobenius) / n
+    return float(np.clip(beta / delta, 0.0, 1.0)), mean_variance
 
 
 def white_noise_root(n: int, width: int, rng: np.random.Generator) -> Array:

@@ -25,6 +25,7 @@ from vlmlayers.metrics.checks import (
     refuse_width,
     varies,
 )
+from vlmlayers.metrics.moments import shrinkage_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +51,11 @@ class WithinScatter:
         """Return the Cholesky factor of the covariance shrunk after Ledoit and Wolf."""
         width = len(self.scatter)
         covariance = self.scatter / self.n
-        size = float(np.trace(covariance)) / width
+        shrinkage, size = shrinkage_of(covariance, self.n, self.fourth, width)
         if size <= 0.0:
             raise UserError("no scatter within classes: the geometry is undefined")
-        frobenius = float(np.square(covariance).sum())
-        delta = frobenius - width * size**2
-        beta = (self.fourth / self.n - frobenius) / self.n
         # At least 1e-4, or fewer items than columns would leave the covariance singular.
-        shrinkage = 1.0 if delta <= 0.0 else float(np.clip(beta / delta, 1e-4, 1.0))
+        shrinkage = max(shrinkage, 1e-4)
         # In place: of a wide tower this is the largest array here.
         covariance *= 1.0 - shrinkage
         covariance.flat[:: width + 1] += shrinkage * size

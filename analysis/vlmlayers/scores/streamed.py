@@ -389,6 +389,7 @@ class _Scorer:
             keys = ("vision", space, position), ("text", space, other)
             point = self._point(name, keys[0], other)
             with point.attempt():
+                point.require(self.sums.n, "pairs")
                 x, y = (self.full.moments[key] for key in keys)
                 cross = self.full.cross[space, position, other]
                 value = cka_from(x, y, cross, debiased=debiased)

@@ -33,9 +33,9 @@ from vlmlayers.metrics.class_level import (
     fisher_null,
     reduce_rows,
     same_label_null,
-    shrinkage_of,
 )
 from vlmlayers.metrics.gap import retrieval_hits
+from vlmlayers.metrics.moments import shrinkage_of
 from vlmlayers.metrics.readouts import (
     C_GRID,
     _best_c,
@@ -218,7 +218,8 @@ def test_shrinkage_is_that_of_scikit_learn() -> None:
         x = x - x.mean(axis=0)
         expected = ledoit_wolf_shrinkage(x, assume_centered=True)
         for rows in (x, reduce_rows(x)):
-            found, _ = shrinkage_of(rows, rows.T @ rows / len(rows), width)
+            fourth = (np.linalg.norm(rows, axis=1) ** 4).sum()
+            found, _ = shrinkage_of(rows.T @ rows / n, n, fourth, width)
             assert found == pytest.approx(expected)
 
 
