@@ -126,6 +126,10 @@ def _refused(name: str) -> tuple[str, str] | None:
     return None
 
 
+class WriteFault(UserError):
+    """A file or folder cannot be written, nor can others beside it."""
+
+
 class DataFault(UserError):
     """Files of one dataset are missing or cannot be read; other datasets can go on."""
 

@@ -17,7 +17,7 @@ from threading import get_native_id
 from typing import IO, TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from vlmlayers.errors import DISK, UserError, first_cause, looked_for, one_line
+from vlmlayers.errors import DISK, UserError, WriteFault, first_cause, looked_for, one_line
 from vlmlayers.progress import say
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 def write_csv(path: Path, table: pd.DataFrame) -> Path:
     """Write a table without its index, whole or not at all; see `atomically` for errors."""
-    return atomically(path, lambda part: table.to_csv(part, index=False))
+    # The same line ends on every system, so that recorded tables compare byte by byte.
+    return atomically(path, lambda part: table.to_csv(part, index=False, lineterminator="\n"))
 
 
 def read_csv(path: Path, text: Iterable[str] = NAMES) -> pd.DataFrame:
@@ -193,7 +194,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a failed write into one line for the user.
 
     Raises:
-        UserError: Names the path, the reason, and that the work so far is kept.
+        WriteFault: Names the path, the reason, and that the work so far is kept.
     """
     try:
         yield
@@ -201,7 +202,7 @@ def writing(path: Path) -> Iterator[None]:
         advice = DISK.get(error.errno or 0, "choose a folder that can be written")
         # Arrow gives the number alone, and a message that names our draft.
         reason = error.strerror or (os.strerror(error.errno) if error.errno else error)
-        raise UserError(
+        raise WriteFault(
             f"cannot write {path}: {reason}; {advice} and start again, what is done so far is kept"
         ) from error
 

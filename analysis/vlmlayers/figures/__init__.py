@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import fill
 
 from vlmlayers.arguments import checked
-from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.errors import UserError, WriteFault, check_one_of
 from vlmlayers.figures.inputs import Folders, MissingTable, as_folders
 from vlmlayers.figures.paper_figures import FIGURES
 from vlmlayers.figures.paper_tables import TABLES, draw_table
@@ -62,7 +62,7 @@ def draw_all(tables: Folders, out: Path, names: Sequence[str] | None = None) -> 
         names: Keys of `DRAWINGS`; all where None.
 
     Raises:
-        UserError: A name is unknown, or a folder is not there.
+        UserError: A name is unknown, a folder is not there, or `out` cannot be written.
     """
     for folder in as_folders(tables):
         if not folder.is_dir():
@@ -72,10 +72,10 @@ def draw_all(tables: Folders, out: Path, names: Sequence[str] | None = None) -> 
         check_one_of("figure", name, DRAWINGS)
         try:
             found.append(Outcome(name, tuple(DRAWINGS[name](tables, out))))
-        except MissingTable as error:
-            found.append(Outcome(name, reason=str(error)))
+        except WriteFault:
+            raise
         except UserError as error:
-            several = len(as_folders(tables)) > 1
-            why = "the tables of all folders are drawn as one, and " if several else ""
+            joined = len(as_folders(tables)) > 1 and not isinstance(error, MissingTable)
+            why = "the tables of all folders are drawn as one, and " if joined else ""
             found.append(Outcome(name, reason=f"{why}{error}"))
     return found

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from vlmlayers import plots
 from vlmlayers.figures.captions import Caption, figure_latex
+from vlmlayers.files import write_text
 from vlmlayers.plots.outcomes import CHOSEN_COLOUR, OUTCOMES, PUBLISHED_COLOUR
 from vlmlayers.plots.style import COLUMN_WIDTH
 
@@ -121,6 +122,4 @@ def save(
     """Write the figure as PDF, SVG and PNG, the points drawn as CSV, and a LaTeX float."""
     paths = plots.save_figure(figure, out / name, pd.concat(drawn, ignore_index=True))
     wide = figure.get_figwidth() > 1.5 * COLUMN_WIDTH
-    latex = out / f"{name}.tex"
-    latex.write_text(figure_latex(name, caption, wide), encoding="utf-8")
-    return [*paths, latex]
+    return [*paths, write_text(out / f"{name}.tex", figure_latex(name, caption, wide))]

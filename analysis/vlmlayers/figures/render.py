@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vlmlayers.files import write_csv, write_text
 from vlmlayers.words import escape_markdown
 
 DAGGER = "†"
@@ -134,13 +135,11 @@ class PaperTable:
 
     def write(self, out: Path) -> list[Path]:
         """Write `name`.csv (tidy), .md and .tex into the folder `out`."""
-        out.mkdir(parents=True, exist_ok=True)
-        paths = [out / f"{self.name}{suffix}" for suffix in (".csv", ".md", ".tex")]
-        # The same line ends on every system, so that recorded tables compare byte by byte.
-        self.tidy().to_csv(paths[0], index=False, lineterminator="\n")
-        paths[1].write_text(self.markdown(), encoding="utf-8")
-        paths[2].write_text(self.latex(), encoding="utf-8")
-        return paths
+        return [
+            write_csv(out / f"{self.name}.csv", self.tidy()),
+            write_text(out / f"{self.name}.md", self.markdown()),
+            write_text(out / f"{self.name}.tex", self.latex()),
+        ]
 
     def _texts(self) -> Iterator[list[str]]:
         """Yield the texts of each row; a first heading is not repeated below itself."""

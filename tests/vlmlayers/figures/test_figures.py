@@ -645,6 +645,10 @@ def test_a_script_without_its_table_says_so_in_one_line(repository: Path, tmp_pa
     assert max(map(len, skipped[0].line.splitlines())) <= 80
     with pytest.raises(UserError, match="did you mean 'fig2_gap'"):
         draw_all(tmp_path, tmp_path, ["fig2_gaps"])
+    (tmp_path / "file").touch()
+    for name in ("fig6_cost", "table5_few_shot"):  # no figure is missing a table here
+        with pytest.raises(UserError, match="cannot write .*; choose a folder that can be"):
+            draw_all(repository / "figures" / "tables", tmp_path / "file" / "out", [name])
 
 
 def test_tables_of_several_folders_that_contradict_are_told(tables: Path, tmp_path: Path) -> None:
