@@ -29,6 +29,7 @@ from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout
 from vlmlayers.selection.choice import LayerChoice
 from vlmlayers.selection.curves import BlockTable, NoValues
 from vlmlayers.selection.making import OwnRule, make_rule
+from vlmlayers.selection.per_block import is_scored
 from vlmlayers.selection.resampling import RESAMPLES, UNSAMPLED, check_resampling, resampled
 from vlmlayers.selection.rules import Pick, Picks, Searched
 from vlmlayers.selection.stability import HOW, doubts, stability
@@ -80,7 +81,7 @@ def select(
     try:
         picks = chooser(seen)
     except NoValues as error:  # of the whole table: what was seen holds what the rule reads alone
-        raise UserError(f"{error}; {BlockTable.of(table, blocks).otherwise()}") from None
+        raise UserError(f"{error}; {_otherwise(BlockTable.of(table, blocks))}") from None
     if not any(pick.blocks for pick in picks.values()) and name == "explicit":
         raise UserError("rule 'explicit' names no block; give vision=5-12 or text=5-12")
     moves = resampled(name, resamples)
@@ -107,6 +108,14 @@ def select(
     if evidence["random_weights"] and not statement.startswith(UNTRAINED):
         statement = f"{UNTRAINED}. {statement}"
     return replace(choice, evidence={**evidence, "statement": statement})
+
+
+def _otherwise(table: BlockTable) -> str:
+    """Return what else to choose by: the first metric with a value at every block."""
+    names = (f"metric:{name}" for name in table.metric_names())
+    name = next((name for name in names if is_scored(table, name)), "")
+    found = f", as by the rule 'budget' with score={name!r} (--rule budget --set score={name})"
+    return f"choose by another metric or rule{found if name else ''}"
 
 
 def _reads_no_score(rule: OwnRule, table: BlockTable, picks: Picks, seed: int) -> bool:

@@ -223,28 +223,6 @@ class BlockTable:
             raise NoValues(f"{metric} was not computed: {why}")
         check_metric(self.scores, metric, instead)
 
-    def otherwise(self) -> str:
-        """Return what else to choose by: the first metric with a value at every block."""
-        name = next(filter(self._is_whole, self.metric_names()), None)
-        found = "" if name is None else (
-            f", as by the rule 'budget' with score='metric:{name}' "
-            f"(--rule budget --set score=metric:{name})"
-        )  # fmt: skip
-        return f"choose by another metric or rule{found}"
-
-    def _is_whole(self, metric: str) -> bool:
-        """Return whether a metric has a value at every block, as block scores read it."""
-        own = [tower for tower in self.blocks if self.has_curve(metric, tower)]
-        for tower in own:
-            _, count = self._means(self._block_of(metric, tower), self.values, self.blocks[tower])
-            if not count.all():
-                return False
-        if own or len(self.blocks) < 2:
-            return own == list(self.blocks)
-        shape = self.blocks["vision"], self.blocks["text"]
-        place = self._pair_of(metric, shape)
-        return bool(self._means(place, self.values, shape[0] * shape[1])[1].all())
-
     def reason(self, metric: str, tower: str = "", position: str = "") -> str:
         """Return why a metric has no value in a tower, or in none; empty where nothing is known.
 
@@ -351,6 +329,13 @@ def agreement_curve(
         )
     best: Array = np.nanmax(cells, axis=1)
     return best
+
+
+def curve_of(table: BlockTable, metric: str, tower: str) -> Array:
+    """Return a metric at every block, (block,): its own, or that of agreement with the partner."""
+    if table.has_curve(metric, tower):
+        return table.curve(metric, tower)
+    return agreement_curve(table.agreement(metric), tower, reason=partial(table.reason, metric))
 
 
 def is_flat(curve: Array) -> bool:

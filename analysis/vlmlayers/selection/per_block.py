@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from vlmlayers.errors import check_one_of
-from vlmlayers.selection.curves import Array, BlockTable, NoValues, agreement_curve, normalise
+from vlmlayers.errors import UserError, check_one_of
+from vlmlayers.selection.curves import Array, BlockTable, NoValues, curve_of, normalise
 
 _ACCURACY, _AGREEMENT, _NOVEL = "dataset_accuracy", "cka_debiased", "novel_class_accuracy"
 
@@ -17,13 +16,8 @@ def metric_by_tower(table: BlockTable, name: str) -> dict[str, Array]:
     """Return a metric scaled to its range in each tower; a flat curve scales to zero."""
     table.check(name)
     towers = [tower for tower in table.blocks if table.has_curve(name, tower)]
-    if not towers:
-        matrix = table.agreement(name)
-        why = partial(table.reason, name)
-        return {
-            tower: normalise(agreement_curve(matrix, tower, reason=why)) for tower in table.blocks
-        }
-    return {tower: normalise(table.curve(name, tower)) for tower in towers}
+    # What has a curve in no tower is agreement between them.
+    return {tower: normalise(curve_of(table, name, tower)) for tower in towers or table.blocks}
 
 
 @dataclass(frozen=True)
@@ -96,3 +90,13 @@ def score_blocks(table: BlockTable, name: str, *, partial: bool = False) -> dict
     if lacking and not (partial and by_tower):
         raise NoValues(f"block score {name!r} has no value on the {lacking[0]} tower")
     return by_tower
+
+
+def is_scored(table: BlockTable, name: str, *, partial: bool = False) -> bool:
+    """Return whether a block score has a value at every block of the towers; see `score_blocks`."""
+    try:
+        # By trying: which blocks lack a value shows only where the values are read.
+        score_blocks(table, name, partial=partial)
+    except UserError:
+        return False
+    return True

@@ -22,10 +22,12 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import check_scores, depths
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection.curves import Array, BlockTable
-from vlmlayers.selection.per_block import BLOCK_SCORES, metric_by_tower, score_blocks
+from vlmlayers.selection.per_block import is_scored, score_blocks
 
 DIGITS = 12  # of predictions, which lie between −1 and 1
+Values = Mapping[str, Array]
 Blocks = Mapping[str, Sequence[int]]
+Depths = Mapping[str, int]
 Adapted = Annotated[Sequence[int], Takes("blocks such as '5-12' or [5, 6]", convert=parse_blocks)]
 
 
@@ -49,23 +51,7 @@ def block_scores(
     return score_blocks(BlockTable.of(scores, blocks), name)
 
 
-def _mean_over(by_tower: Mapping[str, Array], placement: Blocks) -> Array:
-    picked = [
-        by_tower[tower][np.asarray(placement[tower], dtype=int) - 1]
-        for tower in by_tower
-        if len(placement.get(tower, ()))
-    ]
-    return np.asarray(np.concatenate(picked).mean(0) if picked else 0.0)
-
-
-def _frozen(placement: Blocks, blocks: Mapping[str, int]) -> dict[str, list[int]]:
-    return {
-        tower: [b for b in range(1, depth + 1) if b not in placement.get(tower, ())]
-        for tower, depth in blocks.items()
-    }
-
-
-def _share(placement: Blocks, blocks: Mapping[str, int]) -> float:
+def _share(placement: Blocks, blocks: Depths) -> float:
     return sum(len(placement.get(t, ())) for t in blocks) / max(1, sum(blocks.values()))
 
 
@@ -81,14 +67,18 @@ class PlacementScore:
 
     meaning: str
     block_score: str
-    compute: Callable[[Mapping[str, Array], Blocks, Mapping[str, int]], Array]
+    compute: Callable[[Values, Blocks, Depths], Array]
 
 
-def _contrast(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> Array:
-    return _mean_over(values, placement) - _mean_over(values, _frozen(placement, blocks))
+def _contrast(values: Values, placement: Blocks, blocks: Depths) -> Array:
+    frozen = {
+        tower: [b for b in range(1, depth + 1) if b not in placement.get(tower, ())]
+        for tower, depth in blocks.items()
+    }
+    return _mean(values, placement, blocks) - _mean(values, frozen, blocks)
 
 
-def _captured(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> Array:
+def _captured(values: Values, placement: Blocks, blocks: Depths) -> Array:
     # All blocks together capture everything; half the share of blocks is what that costs.
     total = sum(values[t].sum(0) for t in values)
     picked = sum(values[t][np.asarray(placement.get(t, ()), dtype=int) - 1].sum(0) for t in values)
@@ -96,15 +86,20 @@ def _captured(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[st
     return np.where(total > 0, share - 0.5 * _share(placement, blocks), 0.0)
 
 
-def _mean(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> Array:
-    return _mean_over(values, placement)
+def _mean(values: Values, placement: Blocks, blocks: Depths) -> Array:
+    picked = [
+        by_block[np.asarray(placement[tower], dtype=int) - 1]
+        for tower, by_block in values.items()
+        if len(placement.get(tower, ()))
+    ]
+    return np.asarray(np.concatenate(picked).mean(0) if picked else 0.0)
 
 
-def _depth(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> Array:
-    return _mean_over({t: np.arange(1, n + 1) / n for t, n in blocks.items()}, placement)
+def _depth(values: Values, placement: Blocks, blocks: Depths) -> Array:
+    return _mean({t: np.arange(1, n + 1) / n for t, n in blocks.items()}, placement, blocks)
 
 
-def _count(values: Mapping[str, Array], placement: Blocks, blocks: Mapping[str, int]) -> Array:
+def _count(values: Values, placement: Blocks, blocks: Depths) -> Array:
     return np.asarray(_share(placement, blocks))
 
 
@@ -180,13 +175,11 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
     blocks = depths(scores)
     table = BlockTable.of(scores, blocks)
     if name.startswith("metric:"):
-        compute: Callable[[Mapping[str, Array], Blocks, Mapping[str, int]], Array] = _mean
-        values: Mapping[str, Array] = metric_by_tower(table, name.removeprefix("metric:"))
+        score = PlacementScore("", name, _mean)
     else:
         check_one_of("placement score", name, [*PLACEMENT_SCORES, "metric:NAME"])
         score = PLACEMENT_SCORES[name]
-        compute = score.compute
-        values = score_blocks(table, score.block_score, partial=True) if score.block_score else {}
+    values = score_blocks(table, score.block_score, partial=True) if score.block_score else {}
 
     def of(vision: Iterable[int], text: Iterable[int]) -> float:
         placed = Placement(tuple(vision), tuple(text))
@@ -195,7 +188,7 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
         if placed and not any(placed.blocks(tower) for tower in values or blocks):
             return math.nan  # of a tower on which the score says nothing
         # Means of equal values differ by rounding, which must not rank one placement above another.
-        return round(float(compute(values, dict(zip(TOWERS, placed)), blocks)), DIGITS)
+        return round(float(score.compute(values, dict(zip(TOWERS, placed)), blocks)), DIGITS)
 
     return of
 
@@ -204,22 +197,9 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
 def available_scores(scores: Scores) -> list[str]:
     """Return the placement scores that this table supports, then `metric:NAME` for each metric."""
     table = BlockTable.of(scores, depths(scores))
-    present = set(table.metric_names())
-    named = [
-        name
-        for name, score in PLACEMENT_SCORES.items()
-        if not score.block_score or set(BLOCK_SCORES[score.block_score].metrics) <= present
-    ]
-    return named + [f"metric:{name}" for name in table.metric_names() if _complete(table, name)]
-
-
-def _complete(table: BlockTable, name: str) -> bool:
-    try:
-        # By trying: which blocks lack a value shows only where the values are read.
-        metric_by_tower(table, name)
-    except UserError:
-        return False
-    return True
+    read = {name: score.block_score for name, score in PLACEMENT_SCORES.items()}
+    read |= {f"metric:{name}": f"metric:{name}" for name in table.metric_names()}
+    return [name for name, of in read.items() if not of or is_scored(table, of, partial=True)]
 
 
 Placements = Annotated[Mapping[str, Any], Takes("a mapping from names to placements")]

@@ -30,6 +30,7 @@ from vlmlayers.selection.curves import (
     Array,
     BlockTable,
     agreement_curve,
+    curve_of,
     is_flat,
     normalise,
 )
@@ -89,8 +90,8 @@ def _range_quantile(n: int) -> float:
     return low
 
 
-def _within_noise(table: BlockTable, metric: str, tower: str, curve: Array) -> list[str]:
-    """Return a note where a curve varies less over the blocks than noise alone may make it.
+def _doubts_of(table: BlockTable, metric: str, tower: str, curve: Array) -> list[str]:
+    """Return why a curve ranks no blocks: it is flat, or varies no more than noise may make it.
 
     That is the 95 % quantile of the range of so many values of one mean, whose errors are as wide
     as the intervals say: the studentized range. Errors that blocks share make it too large, as
@@ -98,13 +99,14 @@ def _within_noise(table: BlockTable, metric: str, tower: str, curve: Array) -> l
 
     Reference: Tukey, The problem of multiple comparisons, 1953.
     """
+    if is_flat(curve):
+        return [f"{metric} is the same at every {tower} block"]
     widths = table.interval_widths(metric, tower)
-    widths = widths[~np.isnan(widths)]
-    span = 0.0 if is_flat(curve) else float(np.ptp(curve))
+    widths, span = widths[~np.isnan(widths)], float(np.ptp(curve))
     # The median: a single wide interval says little of the curve.
     width = float(np.median(widths)) if len(widths) else 0.0
     limit = width / WIDE * _range_quantile(len(curve))
-    if not 0 < span < limit:
+    if span >= limit:
         return []
     most = table.ceiling(metric, tower)
     bound = f"; at most {most:.2g} can be reached, as datasets share prompts" if most < 1 else ""
@@ -112,20 +114,6 @@ def _within_noise(table: BlockTable, metric: str, tower: str, curve: Array) -> l
         f"{metric} of the {tower} tower varies by {span:.2g} over its blocks, where equal "
         f"ones vary by up to {limit:.2g} with 95 % intervals {width:.2g} wide{bound}"
     ]
-
-
-def _doubts_of(table: BlockTable, metric: str, tower: str) -> list[str]:
-    """Return why the curve of a metric ranks no blocks: it is flat, or noise would look alike."""
-    curve = (
-        table.curve(metric, tower)
-        if table.has_curve(metric, tower)
-        else agreement_curve(table.agreement(metric), tower)
-    )
-    return [_flat(metric, tower)] if is_flat(curve) else _within_noise(table, metric, tower, curve)
-
-
-def _flat(metric: str, tower: str) -> str:
-    return f"{metric} is the same at every {tower} block"
 
 
 def _refuse_distance(agreement_metric: str) -> None:
@@ -215,9 +203,7 @@ class Threshold(Rule):
                 "share": share,
                 "threshold": cut,
             }
-            if is_flat(curve):
-                notes.append(_flat(name, tower))
-            notes += _within_noise(table, name, tower, curve)
+            notes += _doubts_of(table, name, tower, curve)
         chosen = _passing(passes)
         if self.fill and chosen:
             chosen = tuple(range(chosen[0], chosen[-1] + 1))
@@ -251,7 +237,7 @@ class Knee(Rule):
         for tower, depth in table.blocks.items():
             curve = table.curve(self.metric, tower)
             fit = fit_knee(curve)
-            notes = _doubts_of(table, self.metric, tower)
+            notes = _doubts_of(table, self.metric, tower, curve)
             if not fit["better_than_line"]:
                 notes.append(
                     f"one straight line fits {self.metric} of the {tower} tower as well as two "
@@ -307,7 +293,7 @@ class Budget(Rule):
             notes = [
                 note
                 for metric in self.reads(table.blocks)
-                for note in _doubts_of(table, metric, tower)
+                for note in _doubts_of(table, metric, tower, curve_of(table, metric, tower))
             ]
             picks[tower] = Pick(
                 chosen, {self.score: {"value": values.tolist()}}, tuple(notes), {"budget": n}
