@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def run_curves(curves: pd.DataFrame, metric: str, ax: Axes | None = None) -> Axes:
+def run_curves(curves: pd.DataFrame, metric: str) -> Axes:
     """Draw one tower's curve of several runs over relative depth.
 
     Args:
         curves: Rows of `summaries.curves` with a column `run`.
         metric: Metric, for the axis label.
-        ax: Axes to draw on.
 
     Raises:
         UserError: There is no row.
@@ -29,7 +28,7 @@ def run_curves(curves: pd.DataFrame, metric: str, ax: Axes | None = None) -> Axe
     if curves.empty:
         raise UserError(f"no run has {metric} on this tower")
     with style():
-        ax = axes(ax)
+        ax = axes(None)
         for number, (name, rows) in enumerate(curves.groupby("run", sort=False)):
             part = over_datasets(rows)
             x = [

@@ -16,7 +16,7 @@ from matplotlib.transforms import ScaledTranslation
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.placement import describe_blocks
-from vlmlayers.plots.layout import DepthAxis
+from vlmlayers.plots.layout import DepthAxis, tail_of
 from vlmlayers.plots.style import (
     CATEGORY_DASHES,
     CHANCE_COLOUR,
@@ -148,7 +148,7 @@ def _parts(
     # One architecture with several weights is several models.
     if hue == "model" and scores.groupby("model")["weights"].nunique().max() > 1:
         names += " (" + scores["weights"].astype(str) + ")"
-    rows = scores["metric"] == metric if "metric" in scores.columns else names == names
+    rows = scores["metric"] == metric
     # Where no row is of this metric, `curves` is called all the same, for its refusal.
     return {
         str(name): over_datasets(curves(part, metric, dataset, space))
@@ -174,8 +174,7 @@ def _shared_axis(
         for tower, deep in depths(part).items():
             blocks[_key(tower, name)] = deep
             blocks.setdefault(tower, deep)
-    present = set(pd.concat(parts.values())["position"])
-    return DepthAxis(blocks, tuple(p for p in ("final", "proj") if p in present))
+    return DepthAxis(blocks, tail_of(pd.concat(parts.values())))
 
 
 def _looks(parts: dict[str, pd.DataFrame], color: str | None, palette: Any) -> dict[str, Any]:

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from vlmlayers.plots.style import sparse_labels
-from vlmlayers.positions import is_block, sort_key
+from vlmlayers.positions import FINAL, PROJ, is_block, sort_key
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+def tail_of(frame: pd.DataFrame) -> tuple[str, ...]:
+    """Return the positions after the last block that a frame of curves has, in order."""
+    return tuple(p for p in (FINAL, PROJ) if p in set(frame["position"]))
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,8 @@ class DepthAxis:
     @classmethod
     def of(cls, frame: pd.DataFrame, blocks: Mapping[str, int]) -> DepthAxis:
         """Return the axis for a frame of curves."""
-        present = set(frame["position"])
         shown = {tower: depth for tower, depth in blocks.items() if tower in set(frame["tower"])}
-        return cls(shown or dict(blocks), tuple(p for p in ("final", "proj") if p in present))
+        return cls(shown or dict(blocks), tail_of(frame))
 
     @property
     def equal(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from vlmlayers.arguments import checked
 from vlmlayers.errors import UserError
@@ -17,11 +18,12 @@ from vlmlayers.files import write_text
 from vlmlayers.plots import save_figure, unseen
 from vlmlayers.plots.comparison import run_curves
 from vlmlayers.plots.saving import slug, with_source
+from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import TOWERS
 from vlmlayers.report.comparable import comparability
 from vlmlayers.report.figures import Drawn, check_shown
 from vlmlayers.report.numbers import Answer, read_answer
-from vlmlayers.report.page import RANDOM, _safe, render
+from vlmlayers.report.page import RANDOM, render
 from vlmlayers.report.payload import curve_entries, metric_entry
 from vlmlayers.report.ribbon import ribbon
 from vlmlayers.report.several import differences, summary_table
@@ -94,7 +96,7 @@ def write_comparison(
             "differences": differences(pairs),
             "random": banner,
             "figures": figures,
-            "curve_metrics": [(name, metric_entry(name)["label"]) for name in shared],
+            "curve_metrics": [(name, axis_label(name)) for name in shared],
         },
     )
     write_text(out / "report.md", _markdown(runs, title, banner, figures))
@@ -113,7 +115,7 @@ def _run(name: str, folder: Path, out: Path) -> Compared:
     answer = read_answer(folder)
     # Relative, so that a folder of runs can be moved or sent as a whole.
     link = Path(os.path.relpath(answer.run.report.resolve(), out.resolve())).as_posix()
-    return Compared(name, answer, link, _safe(ribbon(answer)))
+    return Compared(name, answer, link, Markup(ribbon(answer)))
 
 
 def _shared(runs: Sequence[Compared]) -> list[str]:
@@ -164,8 +166,9 @@ def _figures(
         name = f"runs-{slug(metric)}{'-text' * (tower == 'text')}"
         with unseen():
             files = save_figure(run_curves(table, metric), out / "figures" / name, table, formats)
-        label = metric_entry(metric)["label"]
-        caption = f"{label} of the {tower} tower: {'; '.join(legend)}. Bands: 95 % interval."
+        caption = (
+            f"{axis_label(metric)} of the {tower} tower: {'; '.join(legend)}. Bands: 95 % interval."
+        )
         yield Drawn(name, caption, tuple(files))
 
 

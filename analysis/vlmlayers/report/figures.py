@@ -23,12 +23,13 @@ from vlmlayers.plots.saving import slug, with_source
 from vlmlayers.plots.style import mark_random
 from vlmlayers.report.numbers import Answer, read_answer
 from vlmlayers.report.payload import metric_entry
-from vlmlayers.scores.reading import has_curve
+from vlmlayers.scores.reading import POOLED, has_curve
 from vlmlayers.scores.summaries import (
     DATASET_ACCURACIES,
     agreement,
     agreement_rows,
     curves,
+    dataset_names,
     metrics_by_shape,
     over_datasets,
 )
@@ -167,13 +168,13 @@ def check_shown(formats: Sequence[str]) -> None:
 
 
 def _drawn(answer: Answer, formats: Sequence[str], metrics: Sequence[str]) -> Iterator[Drawn]:
-    for name in formats:
-        check_one_of("figure format", name, plots.FORMATS)
     for plan in plans(answer, metrics):
         stem = answer.run.figures / plan.name
         with plots.unseen():
             data = with_source(plan.data(), answer.model, answer.weights)
-            files = plots.save_figure(plan.draw(), stem, data, formats)
+            # Tables of outcomes do not say it of themselves, as scores do.
+            drawn = mark_random(plan.draw(), answer.random_weights)
+            files = plots.save_figure(drawn, stem, data, formats)
         yield Drawn(plan.name, plan.caption, tuple(files))
 
 
@@ -193,6 +194,7 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
                 partial(plots.layer_curves, scores, metric, choice=choice),
                 partial(_drawn_curves, answer, metric),
             )
+    few = len(dataset_names(scores)) <= LINES
     for metric in GAPS:
         of_vision = (scores["metric"] == metric) & (scores["tower"] == "vision")
         if metric in shapes["curve"] and of_vision.any():
@@ -200,7 +202,7 @@ def plans(answer: Answer, metrics: Sequence[str] = ()) -> Iterator[Plan]:
                 f"gap-{slug(metric)}",
                 _caption(answer, metric, "per dataset along depth"),
                 partial(
-                    plots.gap_curves if len(_datasets(scores)) <= LINES else plots.dataset_heatmap,
+                    plots.gap_curves if few else plots.dataset_heatmap,
                     scores,
                     metric,
                     choice=choice,
@@ -254,7 +256,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
         "placement-sweep",
         f"Trained accuracy at each placement, {_source(answer)}. Means over datasets and seeds. "
         f"{said}{warning}",
-        lambda: mark_random(plots.placement_sweep(frame), answer.random_weights),
+        partial(plots.placement_sweep, frame),
         lambda: frame,
     )
     if len(validation.amounts):
@@ -264,7 +266,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
             "held-out training shots of base classes, inner base and inner novel; mean over the "
             "folds that each ran in. Amounts that dropped out ran in the first alone: how hard "
             "these are is part of their height, and picks compare amounts within folds.",
-            lambda: mark_random(plots.amount_curves(validation.amounts)[-1], answer.random_weights),
+            lambda: plots.amount_curves(validation.amounts)[-1],
             lambda: validation.amounts,
         )
     if "parameters" in frame.columns:
@@ -272,7 +274,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
             "cost",
             f"Trained harmonic mean against trainable parameters, {_source(answer)}.{lines}"
             f"{warning}",
-            lambda: mark_random(drop_overlapping_texts(plots.cost(frame)), answer.random_weights),
+            lambda: drop_overlapping_texts(plots.cost(frame)),
             lambda: frame,
         )
     if len(validation.predicted) and len(validation.correlations):
@@ -291,10 +293,7 @@ def _outcome_plans(answer: Answer) -> Iterator[Plan]:
                 "predicted-trained",
                 f"Placement score {best} against the trained harmonic mean, {_source(answer)}. "
                 f"{picked if several else ''}One point per placement.{lines}{warning}",
-                lambda: mark_random(
-                    drop_overlapping_texts(plots.predicted_vs_trained(merged, best)),
-                    answer.random_weights,
-                ),
+                lambda: drop_overlapping_texts(plots.predicted_vs_trained(merged, best)),
                 lambda: merged,
             )
 
@@ -317,13 +316,9 @@ def frequency_table(answer: Answer) -> pd.DataFrame:
 def _drawn_curves(answer: Answer, metric: str) -> pd.DataFrame:
     """Return a metric's curves, and the mean over datasets where that is what is drawn."""
     found = answer.curves(metric)
-    if (found["dataset"] == "*").any() or found["dataset"].nunique() <= 1:
+    if (found["dataset"] == POOLED).any() or found["dataset"].nunique() <= 1:
         return found
     return pd.concat([found, over_datasets(found).assign(dataset=MEAN)], ignore_index=True)
-
-
-def _datasets(scores: pd.DataFrame) -> set[str]:
-    return set(scores["dataset"]) - {"*"}
 
 
 def _caption(answer: Answer, metric: str, where: str, drawn: pd.DataFrame | None = None) -> str:

@@ -12,6 +12,7 @@ from vlmlayers.files import read_toml
 from vlmlayers.report.handover import handover_text
 from vlmlayers.report.made import scored_beside
 from vlmlayers.report.numbers import Answer
+from vlmlayers.scores.summaries import dataset_names
 from vlmlayers.words import counted
 
 SEEDS, SHOTS, EPOCHS = (1, 2, 3), 16, 5  # of `vlmlayers validate` and the published recipe
@@ -80,7 +81,7 @@ def _several(value: Any) -> list[Any]:
 def _validate(answer: Answer, seeds: tuple[int, ...], asked: dict[str, Any]) -> str:
     given = answer.provenance.get("given", {})
     words = ["vlmlayers", "validate", *_model_words(answer)]
-    scored = sorted(set(answer.scores["dataset"]) - {"*"})
+    scored = sorted(dataset_names(answer.scores))
     beside = [name for name, _ in scored_beside(answer)]
     named = asked.get("datasets") or [*given.get("datasets", ()), *beside] or scored
     names = dict.fromkeys(_several(named))  # a dataset may be scored by two splits

@@ -17,13 +17,14 @@ from markupsafe import Markup, escape
 
 from vlmlayers.arguments import checked
 from vlmlayers.files import write_text
+from vlmlayers.plots.style import axis_label
 from vlmlayers.report.figures import data_uri, draw_figures, zipped
 from vlmlayers.report.glossary import explained
 from vlmlayers.report.made import made_tables, remarks
 from vlmlayers.report.markdown import report_markdown
 from vlmlayers.report.next_steps import next_steps
 from vlmlayers.report.numbers import Answer, read_answer
-from vlmlayers.report.payload import metric_entry, payload, script_json
+from vlmlayers.report.payload import payload, script_json
 from vlmlayers.report.ribbon import ribbon
 from vlmlayers.report.searched import search_tables
 from vlmlayers.report.sensitivity import sensitivity_table
@@ -32,7 +33,7 @@ from vlmlayers.report.tables import (
     comparison_table,
     validation_tables,
 )
-from vlmlayers.scores.summaries import DATASET_ACCURACIES, metrics_by_shape
+from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_names, metrics_by_shape
 from vlmlayers.words import clauses
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -95,7 +96,7 @@ def write_report(
             "steps": next_steps(answer),
             "sensitivity": sensitivity_table(answer),
             "search_tables": search_tables(answer),
-            "ribbon": _safe(ribbon(answer)),
+            "ribbon": Markup(ribbon(answer)),
             "random": RANDOM if answer.random_weights else "",
             **_evidence(answer),
             "validation": answer.validation,
@@ -119,19 +120,10 @@ def render(template: str, title: str, data: Any, values: dict[str, Any]) -> str:
     # The page's security policy allows this one script by its hash, and none that data could bring.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     css = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    return (
-        _environment()
-        .get_template(template)
-        .render(
-            title=title,
-            data=_safe(script_json(data)),
-            script=_safe(script),
-            css=_safe(css),
-            script_hash=f"sha256-{digest}",
-            version=version("vlm-layers"),
-            **values,
-        )
-    )
+    return _environment().get_template(template).render(
+        title=title, data=Markup(script_json(data)), script=Markup(script), css=Markup(css),
+        script_hash=f"sha256-{digest}", version=version("vlm-layers"), **values,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
@@ -161,37 +153,28 @@ def _unbroken(text: str) -> Any:
     return Markup(BETWEEN_PARTS.sub(",<wbr>", words))
 
 
-def _safe(text: str) -> Any:
-    return Markup(text)
-
-
 def _evidence(answer: Answer) -> dict[str, Any]:
     shapes = metrics_by_shape(answer.scores)
-    labels = {name: _label(name) for names in shapes.values() for name in names}
     first = list(dict.fromkeys((*answer.chosen_by, *FIRST)))
     ordered = sorted(shapes["curve"], key=lambda n: first.index(n) if n in first else len(first))
     per_dataset = [
         name
         for name in sorted(ordered, key=lambda n: n != "centroid_gap")
-        if set(answer.scores.loc[answer.scores["metric"] == name, "dataset"]) - {"*"}
+        if dataset_names(answer.scores[answer.scores["metric"] == name])
     ]
     gap = "centroid_gap" if "centroid_gap" in ordered else ""
     return {
-        "curve_metrics": [(name, labels[name]) for name in ordered],
-        "matrix_metrics": [(name, labels[name]) for name in shapes["matrix"]],
-        "gap_metrics": [(name, labels[name]) for name in per_dataset],
+        "curve_metrics": [(name, axis_label(name)) for name in ordered],
+        "matrix_metrics": [(name, axis_label(name)) for name in shapes["matrix"]],
+        "gap_metrics": [(name, axis_label(name)) for name in per_dataset],
         "why": WHY if ordered and ordered[0] in DATASET_ACCURACIES else "",
-        "lead": f"{_label(ordered[0])}. {answer.reading(ordered[0])}" if ordered else "",
-        "gap_lead": f"{_label(gap)}. {answer.reading(gap)}" if gap else "",
-        "datasets": sorted(set(answer.scores["dataset"]) - {"*"}),
+        "lead": f"{axis_label(ordered[0])}. {answer.reading(ordered[0])}" if ordered else "",
+        "gap_lead": f"{axis_label(gap)}. {answer.reading(gap)}" if gap else "",
+        "datasets": sorted(dataset_names(answer.scores)),
         "frequency": any(
             "frequency" in found for found in answer.choice.evidence.get("towers", {}).values()
         ),
     }
-
-
-def _label(metric: str) -> str:
-    return str(metric_entry(metric)["label"])
 
 
 def _predictors(answer: Answer) -> list[tuple[str, str]]:
@@ -203,9 +186,9 @@ def _predictors(answer: Answer) -> list[tuple[str, str]]:
     if "parameters" in answer.validation.placements.columns:
         names.append("parameters")
     return [
-        (name, name.replace("_", " ") if metric == name else f"{_label(metric)}, mean of blocks")
+        (name, f"{axis_label(metric)}, mean of blocks" if of_metric else name.replace("_", " "))
         for name in dict.fromkeys(names)
-        for metric in [name.removeprefix("metric:")]
+        for _, of_metric, metric in [name.rpartition("metric:")]
     ]
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from vlmlayers.positions import TOWERS, sort_key
+from vlmlayers.plots.style import axis_label
+from vlmlayers.positions import TOWERS
 from vlmlayers.report.numbers import Answer
 from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.scores.reading import POOLED, as_read, ceiling
+from vlmlayers.scores.schema import grid_of
 from vlmlayers.scores.summaries import curves, dataset_names, how_made, metrics_by_shape
 
 # More than a chart can show, and far fewer than a float has, for the size of the page.
@@ -89,8 +91,9 @@ def metric_entry(
     made = ""
     if scores is not None and (scores["metric"] == name).any():
         made = f"How: {how_made(scores, name, every_space=True, beside=beside)}."
+    label = axis_label(name)
     if known is None:
-        return {"label": name.replace("_", " "), "level": "other", "caption": made}
+        return {"label": label, "level": "other", "caption": made}
     chance = f" Chance: {known.null_text}." if known.null_text else ""
     meaning = known.summary.removeprefix("Return ")
     name_first = meaning.startswith("tr ")  # a formula, not a word: Tr would be another symbol
@@ -102,8 +105,6 @@ def metric_entry(
             "position, a definition of this toolkit."
         )
     caption += f" {made}" if made else ""
-    label = known.axis_label
-    label = label[:1].upper() + label[1:]
     entry: dict[str, Any] = {"label": label, "level": known.level, "caption": caption}
     if scores is not None:
         entry["ceiling"] = {tower: ceiling(scores, name, tower) for tower in TOWERS}
@@ -156,10 +157,7 @@ def matrix_entries(scores: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
     entries = []
     keys = ["dataset", "tower", "other_tower", "space"]
     for (dataset, tower, other, space), part in rows.groupby(keys, sort=False):
-        grid = part.pivot_table(index="position", columns="other_position", values="value")
-        if tower == other:
-            grid = grid.combine_first(grid.T)
-        grid = grid.loc[sorted(grid.index, key=sort_key), sorted(grid.columns, key=sort_key)]
+        grid = grid_of(part, tower == other)
         entries.append(
             {
                 "metric": metric,
@@ -174,8 +172,7 @@ def matrix_entries(scores: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
                 "values": [rounded(values) for values in grid.to_numpy(float).tolist()],
             }
         )
-    order = {POOLED: 0}
-    return sorted(entries, key=lambda e: (order.get(e["dataset"], 1), e["tower"] == e["other"]))
+    return sorted(entries, key=lambda e: (e["dataset"] != POOLED, e["tower"] == e["other"]))
 
 
 def validation_entry(validation: RecordedValidation) -> dict[str, Any]:

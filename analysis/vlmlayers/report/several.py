@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlmlayers.placement import describe_blocks
+from vlmlayers.plots.style import axis_label
 from vlmlayers.positions import EMBED
 from vlmlayers.report.made import model_table, scored_beside
 from vlmlayers.report.numbers import Answer, join
-from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.tables import Table, tabular, words
 from vlmlayers.scores.summaries import DATASET_ACCURACIES, dataset_readout
 from vlmlayers.words import inside
@@ -17,40 +17,27 @@ from vlmlayers.words import inside
 def summary_table(answers: Sequence[tuple[str, Answer]]) -> Table:
     """Return one row per run of a comparison."""
     metric = dataset_readout(_in_all(answers)) or DATASET_ACCURACIES[0]
-    label = metric_entry(metric)["label"]
-    rows = []
-    for name, answer in answers:
-        rows.append(
-            [
-                name,
-                describe_blocks(answer.choice.vision),
-                describe_blocks(answer.choice.text),
-                answer.choice.decided,
-                join(f"{tower} {depth}" for tower, depth in answer.depths.items()),
-                answer.weights + (" (UNTRAINED)" if answer.random_weights else ""),
-                answer.parameters,
-                *_ends(answer, metric),
-                _ends(answer, "centroid_gap")[1],
-                _best(answer),
-            ]
-        )
-    return tabular(
-        f"The answers, accuracy being {inside(label)}",
+    rows = [
         [
-            "Run",
-            "Adapt vision",
-            "Adapt text",
-            "Decided",
-            "Blocks",
-            "Weights",
-            "Parameters",
-            "Vision accuracy, embed",
-            "Vision accuracy, last position",
-            "Gap, last position",
-            "Trained HM",
-        ],
-        rows,
-    )
+            name,
+            describe_blocks(answer.choice.vision),
+            describe_blocks(answer.choice.text),
+            answer.choice.decided,
+            join(f"{tower} {depth}" for tower, depth in answer.depths.items()),
+            answer.weights + (" (UNTRAINED)" if answer.random_weights else ""),
+            answer.parameters,
+            *_ends(answer, metric),
+            _ends(answer, "centroid_gap")[1],
+            _best(answer),
+        ]
+        for name, answer in answers
+    ]
+    headings = [
+        "Run", "Adapt vision", "Adapt text", "Decided", "Blocks", "Weights", "Parameters",
+        "Vision accuracy, embed", "Vision accuracy, last position", "Gap, last position",
+        "Trained HM",
+    ]  # fmt: skip
+    return tabular(f"The answers, accuracy being {inside(axis_label(metric))}", headings, rows)
 
 
 def _in_all(answers: Sequence[tuple[str, Answer]]) -> set[str]:

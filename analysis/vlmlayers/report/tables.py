@@ -13,8 +13,8 @@ import pandas as pd
 
 from vlmlayers.placement import SAMPLE
 from vlmlayers.plots.saving import slug
+from vlmlayers.plots.style import axis_label
 from vlmlayers.report.numbers import Answer, join
-from vlmlayers.report.payload import metric_entry
 from vlmlayers.report.validation import RecordedValidation
 from vlmlayers.scores.reading import POOLED
 from vlmlayers.scores.summaries import metrics_by_shape
@@ -97,7 +97,7 @@ def _tower_table(answer: Answer, tower: str) -> Table:
     headings = ["Block"]
     for name, column in values.items():
         scaled = name.startswith("metric:")  # a block score: the metric, scaled
-        label = metric_entry(name.removeprefix("metric:"))["label"]
+        label = axis_label(name.removeprefix("metric:"))
         headings.append(f"{label}, share of range" if scaled else label)
         if "normalised" in column:
             headings.append(f"share of range (from {percent(column.get('share', 0))})")
@@ -128,7 +128,7 @@ def position_table(answer: Answer) -> Table:
         for (tower, position), part in frame.groupby(["tower", "position"], sort=False):
             value = part["value"].mean()
             rows.setdefault((str(tower), str(position)), {})[metric] = float(value)
-    headings = ["Position", *(metric_entry(name)["label"] for name in shown)]
+    headings = ["Position", *map(axis_label, shown)]
     return tabular(
         "Every position and metric, all datasets pooled where scored so, else their mean; mean "
         "over seeds",
@@ -232,13 +232,11 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
         ]
         return tabular(caption, ["Placement", *OUTCOME_HEADINGS], rows)
 
+    best_first = frame.sort_values("hm", ascending=False)
     tables = [
         # First: a ranking that does not repeat is not worth reading.
         *_repeatability_tables(validation.repeatability),
-        outcomes(
-            "Placements, best first, with 95 % intervals",
-            frame.sort_values("hm", ascending=False),
-        ),
+        outcomes("Placements, best first, with 95 % intervals", best_first),
     ]
     if len(validation.untuned):
         caption = "All at the recipe's amount, beside the tuned comparison. "
@@ -246,21 +244,13 @@ def validation_tables(validation: RecordedValidation | None) -> list[Table]:
     if len(validation.judged):
         tables.append(_predictors_table(validation.judged, validation.reference_words))
     if len(validation.correlations):
-        columns = [
-            name
-            for name in ("tau", "low", "high", "p", "p_holm")
-            if name in validation.correlations
+        names = {k: v for k, v in CORRELATION_HEADINGS.items() if k in validation.correlations}
+        rows = [
+            [str(r["score"]), *(float(r[key]) for key in names), _meaning(str(r["score"]))]
+            for _, r in validation.correlations.iterrows()
         ]
-        tables.append(
-            tabular(
-                "How well each placement score predicted the trained harmonic mean",
-                ["Placement score", *(CORRELATION_HEADINGS[name] for name in columns), "Meaning"],
-                [
-                    [str(r["score"]), *(float(r[k]) for k in columns), _meaning(str(r["score"]))]
-                    for _, r in validation.correlations.iterrows()
-                ],
-            )
-        )
+        caption = "How well each placement score predicted the trained harmonic mean"
+        tables.append(tabular(caption, ["Placement score", *names.values(), "Meaning"], rows))
     return tables
 
 
@@ -355,8 +345,8 @@ def _meaning(score: str) -> str:
     known = PLACEMENT_SCORES.get(score)
     if known is not None:
         return known.meaning
-    metric = metric_entry(score.removeprefix("metric:"))["label"]
-    return f"mean over adapted blocks of {inside(metric)}, scaled to its range"
+    metric = inside(axis_label(score.removeprefix("metric:")))
+    return f"mean over adapted blocks of {metric}, scaled to its range"
 
 
 def _interval(row: pd.Series, key: str) -> str:

@@ -24,7 +24,7 @@ from vlmlayers.metrics.table import Metric
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows
 from vlmlayers.scores.reading import partner_block
-from vlmlayers.scores.scoring import Point, Scoring, chosen_positions, rows_of
+from vlmlayers.scores.scoring import Point, Scoring, chosen_positions, rows_of, stated_null
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,12 +208,8 @@ def _gap_value(
 
 def _gap_null(point: Point, x: Array, y: Array, pairs: Labels) -> float:
     metric = point.metric
-    if isinstance(metric.null, (int, float)):
-        return float(metric.null)
-    if callable(metric.null):
-        return float(metric.null(x, y, pairs))
-    if metric.null == "none":
-        return float("nan")
+    if (stated := stated_null(metric, x, y, pairs)) is not None:
+        return stated
     rng = generator(Draw.SHUFFLED_PAIRS)
     values = []
     for _ in range(point.options.shuffles):

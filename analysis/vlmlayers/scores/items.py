@@ -24,7 +24,7 @@ from vlmlayers.metrics.table import Metric
 from vlmlayers.positions import TOWERS, sort_key, unextracted
 from vlmlayers.scores.options import UNKEYED, Draw, ScoreOptions, generator
 from vlmlayers.scores.parts import balanced_rows, independent_rows
-from vlmlayers.scores.scoring import Point, Scoring, Source, chosen_positions, rows_of
+from vlmlayers.scores.scoring import Point, Scoring, Source, chosen_positions, rows_of, stated_null
 
 
 def run_labels(scoring: Scoring) -> None:
@@ -62,18 +62,13 @@ def run_heads(scoring: Scoring) -> None:
                     with point.attempt():
                         point.require(len(rows))
                         x = point.rows(rows)
+                        # Nothing is shuffled here: chance is a number that the metric states.
+                        null = metric.null if isinstance(metric.null, float) else np.nan
                         for head, value in enumerate(metric.function(x)):
-                            interval = mean_interval(x[:, head], weights, False)
-                            point.add(
-                                value,
-                                interval,
-                                # Shares of uniform attention: 1 is a head without preference.
-                                1.0,
-                                len(x),
-                                interval="bootstrap",
-                                head=head + 1,
-                                **_of_captions(features),
-                            )
+                            noted = {"interval": "bootstrap", "head": head + 1}
+                            noted |= _of_captions(features)
+                            interval = mean_interval(x[:, head], weights)
+                            point.add(value, interval, null, len(x), **noted)
 
 
 def run_prompts(scoring: Scoring) -> None:
@@ -208,12 +203,8 @@ def value_and_interval(
 def _null(point: Point, x: Array, given: tuple[Labels, ...], width: int, shared: _Shared) -> float:
     """Return what chance gives for a metric of features, with or without labels."""
     metric = point.metric
-    if isinstance(metric.null, (int, float)):
-        return float(metric.null)
-    if callable(metric.null):
-        return float(metric.null(len(x), given[0] if given else width))
-    if metric.null == "none":
-        return float("nan")
+    if (stated := stated_null(metric, len(x), given[0] if given else width)) is not None:
+        return stated
     if (metric.null == "shuffle") != bool(given):
         lacking = "features alone" if given else "labels"
         raise UserError(

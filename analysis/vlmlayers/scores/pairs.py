@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures, TowerFeatures
-from vlmlayers.metrics.agreement import calibrated
+from vlmlayers.metrics.agreement import calibrated, neighbours
 from vlmlayers.metrics.checks import Array, Labels, class_means
 from vlmlayers.metrics.class_level import reduce_rows
 from vlmlayers.metrics.intervals import jackknife_groups, jackknife_interval
@@ -374,7 +374,7 @@ class _Signatures:
         self.first = _padded(self.whole[0])  # (a, n · n)
         self.last = np.ascontiguousarray(_padded(self.whole[-1]).T)  # (n · n, b)
         self.shape = (len(self.whole[0]), len(self.whole[-1]))
-        self.options = {"k": min(options.k, max(1, (n - 1) // 2))} if metric.takes else {}
+        self.options = {"k": neighbours(n, options.k)} if metric.takes else {}
 
     def _stack(self, kernels: list[Array], rows: Labels | None) -> Array:
         arguments = self.given.arguments(self.metric) if self.metric.takes else {}

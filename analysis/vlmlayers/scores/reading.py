@@ -29,22 +29,9 @@ ROW_KEYS = ("predicted", "source", "family", "head")  # options that tell rows o
 DEEPEST = 10_000  # blocks that no tower has
 ROUNDING = 1e-3  # by which a computed value may miss the bounds of its metric
 REQUIRED = (
-    "model",
-    "weights",
-    "dataset",
-    "tower",
-    "position",
-    "depth",
-    "space",
-    "pooling",
-    "metric",
-    "value",
-    "low",
-    "high",
-    "null",
-    "n",
-    "seed",
-)
+    "model", "weights", "dataset", "tower", "position", "depth", "space", "pooling", "metric",
+    "value", "low", "high", "null", "n", "seed",
+)  # fmt: skip
 
 
 def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
@@ -61,7 +48,7 @@ def check_scores(scores: pd.DataFrame) -> pd.DataFrame:
         raise UserError("the score table is empty; there is nothing to read from it")
     import pandas as pd
 
-    for name in ("value", "low", "high", "null", *({"depth"} & set(scores.columns))):
+    for name in ("value", "low", "high", "null", "depth"):
         values = scores[name]
         if values.dtype.kind in "fiu":
             continue
@@ -141,17 +128,18 @@ def check_bounds(scores: pd.DataFrame) -> None:
         )
 
 
-def check_columns(scores: pd.DataFrame) -> None:
-    """Refuse a table that lacks columns which reading it takes.
+def check_columns(
+    scores: pd.DataFrame, needed: Sequence[str] = REQUIRED, where: str = "the score table"
+) -> None:
+    """Refuse a table that lacks columns, such as those which reading it takes.
 
     Raises:
         UserError: Names them.
     """
-    missing = [name for name in REQUIRED if name not in scores.columns]
+    missing = [name for name in needed if name not in scores.columns]
     if missing:
         raise UserError(
-            f"the score table lacks the columns {', '.join(missing)}; "
-            "write it with `vlmlayers score`"
+            f"{where} lacks the columns {', '.join(missing)}; write it with `vlmlayers score`"
         )
 
 

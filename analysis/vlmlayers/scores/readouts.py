@@ -138,13 +138,7 @@ def run_classes(scoring: Scoring) -> None:
                 scoring.refuse(source[0].dataset, tower, str(error))
                 continue
             for name, metric in scoring.metrics.items():
-                places = scoring.points(name, metric, [source])
-                for point, found in held_out_predictions(places, [source], splits):
-                    with point.attempt():
-                        for split, predicted in zip(splits, found):
-                            counts = split.counts(predicted)
-                            interval = split.interval(predicted, options.bootstrap)
-                            add_accuracy(point, counts, split.seed, interval, **split.noted(point))
+                add_accuracies(scoring.points(name, metric, [source]), [source], splits)
 
 
 def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Split:
@@ -234,15 +228,12 @@ def tell_unlike_texts(group: Group, metrics: Iterable[str]) -> None:
         group: The datasets that are pooled.
         metrics: Names of the metrics that pool their texts.
     """
-    made: dict[str, list[str]] = {}
-    for member, features in group.sources("text"):
-        if how := _made(member, features):
-            made.setdefault(how, []).append(member.dataset)
-    if len(made) > 1 and (names := ", ".join(metrics)):
+    unlike = _unlike((_made(*source), source[0].dataset) for source in group.sources("text"))
+    if unlike and (names := ", ".join(metrics)):
         LOG.warning(
             "datasets differ in how their texts are made: %s. Of the text tower, %s of all "
             "datasets together may tell that, not the datasets; extract with one template",
-            "; ".join(f"{how} in {', '.join(those)}" for how, those in made.items()),
+            unlike,
             names,
         )
 
@@ -259,19 +250,29 @@ def tell_unlike_passes(group: Group, metrics: Iterable[str]) -> None:
     """
     names = ", ".join(metrics)
     for key, unsaid in (("precision", ""), ("device", ""), ("decoding", "full")):
-        made: dict[str, list[str]] = {}
-        for member in group.members:
-            # Features that were recorded elsewhere say nothing of it.
-            if how := member.identity.get(key, unsaid if member.identity else ""):
-                made.setdefault(how, []).append(member.dataset)
-        if len(made) > 1 and names:
+        # Features that were recorded elsewhere say nothing of it.
+        unlike = _unlike(
+            (one.identity.get(key, unsaid if one.identity else ""), one.dataset)
+            for one in group.members
+        )
+        if unlike and names:
             LOG.warning(
                 "datasets differ in %s: %s. %s of all datasets together may tell that, not the "
                 "datasets; extract them alike",
                 key,
-                "; ".join(f"{how} in {', '.join(those)}" for how, those in made.items()),
+                unlike,
                 names,
             )
+
+
+def _unlike(made: Iterable[tuple[str, str]]) -> str:
+    """Return how datasets are made, and which; empty where it is one way, as far as known."""
+    found: dict[str, list[str]] = {}
+    for how, dataset in made:
+        if how:
+            found.setdefault(how, []).append(dataset)
+    said = "; ".join(f"{how} in {', '.join(those)}" for how, those in found.items())
+    return said if len(found) > 1 else ""
 
 
 def _made(member: LayerFeatures, features: TowerFeatures) -> str:
@@ -320,6 +321,16 @@ def class_split(features: TowerFeatures, options: ScoreOptions, seed: int) -> Sp
         noted["classes_left_out"] = len(sizes) - len(usable)
     shared = dealt_together(groups[rows].tolist())
     return Split(seed, (rows,), labels, fold, folds, held, len(usable), noted, shared)
+
+
+def add_accuracies(points: Iterable[Point], sources: list[Source], splits: Sequence[Split]) -> None:
+    """Add what a read-out comes to at each place on each split; see `held_out_predictions`."""
+    for point, found in held_out_predictions(points, sources, splits):
+        with point.attempt():
+            for split, predicted in zip(splits, found):
+                counts = split.counts(predicted)
+                interval = split.interval(predicted, point.options.bootstrap)
+                add_accuracy(point, counts, split.seed, interval, **split.noted(point))
 
 
 def held_out_predictions(

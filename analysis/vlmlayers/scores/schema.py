@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ import pandas as pd
 
 from vlmlayers.arguments import Takes, checked
 from vlmlayers.errors import UserError, one_line
-from vlmlayers.files import atomically, file_checksum, read_json, write_csv, write_text
+from vlmlayers.files import atomically, file_checksum, read_json, write_csv, write_json
 from vlmlayers.positions import sort_key
 from vlmlayers.runs import score_table
-from vlmlayers.scores.reading import Reading, check_columns, check_scores, in_words
+from vlmlayers.scores.reading import REQUIRED, Reading, check_columns, check_scores, in_words
 
 
 def _with_columns(table: Any) -> Any:
@@ -33,10 +32,7 @@ Scores = Annotated[
         convert=_with_columns,
     ),
 ]
-CONTRACT_COLUMNS = (
-    "model", "weights", "dataset", "split", "tower", "position", "depth", "space", "pooling",
-    "metric", "value", "low", "high", "null", "n", "seed",
-)  # fmt: skip
+CONTRACT_COLUMNS = (*REQUIRED[:3], "split", *REQUIRED[3:])  # tables of others may lack the split
 EXTRA_COLUMNS = ("other_tower", "other_position", "options")
 SCORE_COLUMNS = CONTRACT_COLUMNS + EXTRA_COLUMNS
 NUMBERS = ("depth", "value", "low", "high", "null")
@@ -48,8 +44,7 @@ LOG = logging.getLogger(__name__)
 
 def score_frame(rows: Sequence[dict[str, Any]], **attributes: Any) -> pd.DataFrame:
     """Return rows as a score table with the right columns, types and attributes."""
-    frame = pd.DataFrame(list(rows), columns=list(SCORE_COLUMNS))
-    frame = _typed(frame)
+    frame = _typed(pd.DataFrame(list(rows), columns=list(SCORE_COLUMNS)))
     frame.attrs.update(attributes)
     return frame
 
@@ -66,7 +61,7 @@ def write_scores(scores: Scores, folder: str | Path) -> tuple[Path, Path]:
     Raises:
         UserError: The table lacks columns, or the folder is named like a file or cannot be written.
     """
-    _check_columns(scores, "the table")
+    check_columns(scores, SCORE_COLUMNS, "the table")
     folder = Path(folder)
     if folder.suffix in (".csv", ".parquet"):
         raise UserError(f"write_scores takes a run folder; {folder} is named like a file in one")
@@ -81,8 +76,7 @@ def write_scores(scores: Scores, folder: str | Path) -> tuple[Path, Path]:
         "sha256": {path.name: file_checksum(path) for path in paths},
         **{name: scores.attrs[name] for name in ATTRIBUTES if name in scores.attrs},
     }
-    text = json.dumps(sidecar, indent=1, ensure_ascii=False)
-    write_text(folder / SIDECAR, text)
+    write_json(folder / SIDECAR, sidecar)
     return paths
 
 
@@ -109,7 +103,7 @@ def read_scores(path: str | Path) -> pd.DataFrame:
             f"{path} cannot be read as a score table ({type(error).__name__}); "
             "run `vlmlayers score` again"
         ) from error
-    _check_columns(frame, str(path))
+    check_columns(frame, SCORE_COLUMNS, str(path))
     try:
         frame = _typed(frame)
     except (ValueError, TypeError, OverflowError) as error:
@@ -167,9 +161,13 @@ def score_matrix(
         raise UserError(f"no {metric} between {tower} and {other_tower} for dataset {dataset!r}")
     # Checked first, and read at one split and pooling: pivot_table averages what shares a cell.
     read = Reading(space=space).of_all_datasets(check_scores(chosen), metric, tower)
-    grid = read.pivot_table(index="position", columns="other_position", values="value")
-    if tower == other_tower:
-        grid = grid.combine_first(grid.T)
+    return grid_of(read, tower == other_tower)
+
+
+def grid_of(rows: pd.DataFrame, within: bool) -> pd.DataFrame:
+    """Return rows of one agreement as a matrix along both towers, filled `within` one tower."""
+    grid = rows.pivot_table(index="position", columns="other_position", values="value")
+    grid = grid.combine_first(grid.T) if within else grid
     return grid.loc[sorted(grid.index, key=sort_key), sorted(grid.columns, key=sort_key)]
 
 
@@ -187,15 +185,6 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
         else:
             frame[column] = frame[column].fillna("").astype(str)
     return frame
-
-
-def _check_columns(frame: pd.DataFrame, where: str) -> None:
-    missing = [column for column in SCORE_COLUMNS if column not in frame.columns]
-    if missing:
-        raise UserError(
-            f"{where} lacks the score columns {', '.join(missing)}; "
-            "is it a table written by `vlmlayers score`?"
-        )
 
 
 def _sidecar(path: Path) -> dict[str, Any]:

@@ -373,6 +373,12 @@ def chosen_positions(
     return tuple(sorted(wanted, key=sort_key))
 
 
+def stated_null(metric: Metric, *arguments: Any) -> float | None:
+    """Return what chance gives where nothing has to be drawn: NaN for no null, None if it has."""
+    null = metric.null(*arguments) if callable(metric.null) else metric.null
+    return float("nan") if null == "none" else None if isinstance(null, str) else float(null)
+
+
 def rows_of(features: TowerFeatures, position: str, space: str, rows: Any = None) -> Array:
     """Return features of some rows in float64."""
     array = features.arrays[space][position]

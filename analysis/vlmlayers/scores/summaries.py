@@ -14,6 +14,7 @@ from vlmlayers.positions import TOWERS, sort_key
 from vlmlayers.scores.reading import (
     PLACE,
     POOLED,
+    ROW_KEYS,
     Reading,
     as_read,
     bare,
@@ -30,21 +31,9 @@ from vlmlayers.scores.schema import Scores
 
 LOG = logging.getLogger(__name__)
 CURVE_COLUMNS = [
-    "metric",
-    "dataset",
-    "tower",
-    "position",
-    "depth",
-    "order",
-    "value",
-    "low",
-    "high",
-    "null",
-    "n",
-    "seeds",
-    "space",
-    "pooling",
-]
+    "metric", "dataset", "tower", "position", "depth", "order", "value", "low", "high", "null", "n",
+    "seeds", "space", "pooling",
+]  # fmt: skip
 # Read-outs of the dataset that an item comes from; where one is shown, the first that is there.
 DATASET_ACCURACIES = (
     "dataset_accuracy",
@@ -52,16 +41,7 @@ DATASET_ACCURACIES = (
     "dataset_accuracy_knn",
     "dataset_accuracy_lda",
 )
-ROW_OPTIONS = (
-    "p",
-    "raw",
-    "predicted",
-    "source",
-    "family",
-    "head",
-    "ceiling",
-    "floor",
-)  # differ by row, not by run
+ROW_OPTIONS = (*ROW_KEYS, "p", "raw", "ceiling", "floor")  # differ by row, not by run
 # What of a place is averaged in a curve, in words, by the option of ROW_KEYS that tells it apart.
 AVERAGED = {"predicted": "predicted datasets", "source": "sources", "family": "families",
             "head": "heads"}  # fmt: skip

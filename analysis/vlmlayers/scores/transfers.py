@@ -12,14 +12,9 @@ from vlmlayers.metrics.dataset_level import confusion
 from vlmlayers.metrics.transfer import WithinScatter
 from vlmlayers.prompts import spelled
 from vlmlayers.scores.options import Draw, ScoreOptions, generator
-from vlmlayers.scores.parts import (
-    balanced_rows,
-    deal,
-    evaluated_folds,
-    shots_and_queries,
-)
+from vlmlayers.scores.parts import balanced_rows, deal, evaluated_folds, shots_and_queries
 from vlmlayers.scores.reading import POOLED
-from vlmlayers.scores.readouts import Split, add_accuracy, dealt_together, held_out_predictions
+from vlmlayers.scores.readouts import Split, add_accuracies, add_accuracy, dealt_together
 from vlmlayers.scores.scoring import Point, Scoring, Source
 
 
@@ -118,17 +113,8 @@ def run_styles(scoring: Scoring) -> None:
     for name, metric in scoring.metrics.items():
         for tower in metric.towers:
             for sources, shared in _families_or_refuse(scoring, name, tower):
-                text = "+".join(member.dataset for member, _ in sources)
                 splits = [_style_split(sources, shared, options, seed) for seed in options.seeds]
-                noted = {"family": text, "split_by": "class", "shared_classes": len(shared)}
-                places = scoring.points(name, metric, sources)
-                for point, found in held_out_predictions(places, sources, splits):
-                    with point.attempt():
-                        for split, predicted in zip(splits, found):
-                            counts = split.counts(predicted)
-                            interval = split.interval(predicted, options.bootstrap)
-                            also = {**noted, **point.arguments()}
-                            add_accuracy(point, counts, split.seed, interval, **also)
+                add_accuracies(scoring.points(name, metric, sources), sources, splits)
 
 
 def run_style_classes(scoring: Scoring) -> None:
@@ -174,17 +160,10 @@ def _style_split(
     fold = deal(strata, groups, groups, folds, rng)
     held = evaluated_folds(fold, folds, options.held_out)
     # Classes are what is new in a part, and items of one err together: classes are resampled.
-    return Split(
-        seed,
-        tuple(rows),
-        np.asarray(strata),
-        fold,
-        folds,
-        held,
-        len(sources),
-        {},
-        dealt_together(groups),
-    )
+    family = "+".join(member.dataset for member, _ in sources)
+    noted = {"family": family, "split_by": "class", "shared_classes": len(shared)}
+    drawn, styles, together = tuple(rows), np.asarray(strata), dealt_together(groups)
+    return Split(seed, drawn, styles, fold, folds, held, len(sources), noted, together)
 
 
 def _shared_rows(source: Source, shared: list[str]) -> tuple[Labels, Labels]:

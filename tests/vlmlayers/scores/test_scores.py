@@ -1549,7 +1549,7 @@ def test_altered_and_damaged_tables_are_refused(scores: pd.DataFrame, tmp_path) 
     with pytest.raises(UserError, match="does not exist; run `vlmlayers score` first"):
         read_scores(tmp_path / "nothing.csv")
     pd.DataFrame({"metric": ["a"]}).to_csv(text, index=False)
-    with pytest.raises(UserError, match="lacks the score columns model, weights"):
+    with pytest.raises(UserError, match="lacks the columns model, weights"):
         read_scores(text)
     scores.head(2).assign(value=["high", "low"]).to_csv(text, index=False)
     with pytest.raises(UserError, match="text where a number belongs"):
