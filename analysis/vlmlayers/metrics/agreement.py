@@ -194,15 +194,24 @@ def cka(
         form: `gram` (n × n), `feature` (width × width, linear only) or `auto`: the cheaper one.
 
     Raises:
-        UserError: Rows not paired, too few items, constant features.
+        UserError: Rows not paired, too few items, constant features, or an option of the other
+            kernel.
 
     Reference: Kornblith et al. 2019; debiased: Song et al. 2012, Nguyen et al. 2021.
     """
     check_one_of("kernel", kernel, ("linear", "rbf"))
     check_one_of("form", form, ("auto", "gram", "feature"))
+    if kernel == "linear" and sigma != SIGMA:
+        raise UserError("sigma is the width of the RBF kernel; take kernel='rbf', or leave it out")
+    if kernel == "rbf" and form == "feature":
+        raise UserError("form='feature' is of the linear kernel; leave it out")
     # Unbiased HSIC divides by n − 3.
     x, y = paired(x, y, 4 if debiased else 2)
-    if kernel == "linear" and (form == "feature" or (form == "auto" and prefers_features(x, y))):
+    n, a, b = len(x), x.shape[1], y.shape[1]
+    # n²(a + b) operations for two Gram matrices against n·a·b for a product of columns, which is
+    # less wherever items are more than columns.
+    cheaper = "feature" if kernel == "linear" and n * (a + b) > a * b else "gram"
+    if (cheaper if form == "auto" else form) == "feature":
         return cka_from(Moments.of(x), Moments.of(y), CrossMoments.of(x, y), debiased=debiased)
     signature = debiased_signature if debiased else biased_signature
     if kernel == "linear":
@@ -210,13 +219,6 @@ def cka(
     else:
         first, second = rbf_kernel(x, sigma=sigma), rbf_kernel(y, sigma=sigma)
     return float((signature(first) * signature(second)).sum())
-
-
-def prefers_features(x: Array, y: Array) -> bool:
-    """Return whether width × width products cost less than n × n ones; always so for n > width."""
-    n, a, b = len(x), x.shape[1], y.shape[1]
-    # n²(a + b) operations for two Gram matrices against n·a·b for one product of columns.
-    return n * (a + b) > a * b
 
 
 @checked

@@ -286,6 +286,16 @@ def test_the_matrix_of_layers_holds_the_cka_of_each_pair(form: str, debiased: bo
             cka_matrix(wrong, ys, form=form)
 
 
+def test_an_option_of_the_other_kernel_is_refused() -> None:
+    x = np.random.default_rng(0).normal(size=(9, 3))
+    for options, name in (
+        ({"sigma": 0.4}, "sigma"),
+        ({"kernel": "rbf", "form": "feature"}, "form"),
+    ):
+        with pytest.raises(UserError, match=f"{name}.* leave it out"):
+            cka(x, x, **options)
+
+
 def test_the_cheaper_form_is_chosen() -> None:
     layers = [768] * 12, [512] * 12
     assert cheaper_form(1_000, *layers) == "gram"
