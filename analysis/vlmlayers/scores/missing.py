@@ -77,7 +77,7 @@ def _gaps(
             yield f"{name} of the {tower} tower", reason_of[tower]
         where = {row["position"] for row in rows} | {row["other_position"] for row in rows}
         reasons = {note["position"]: note["reason"] for note in reversed(refused)}
-        if not name.endswith("_max"):  # which is scored at the closest pair of positions alone
+        if name != f"{metric.base}_max":  # which is scored at the closest pair of positions alone
             for position in options.positions or ():
                 if position not in where:
                     yield f"{name} at {position}", reasons.get(position, "it has no value there")

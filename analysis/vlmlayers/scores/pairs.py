@@ -254,7 +254,8 @@ def _run_matrix(point: Point, pairing: Pairing, names: set[str]) -> None:
         point, pairing, labels, value, left_out, shuffled, best, engine.rounding, noted
     )
     for name in sorted(names):
-        if not name.endswith("_max"):
+        # By its base: a metric of the user's own may end alike.
+        if name != f"{point.name}_max":
             matrix.add_cells(name, calibrate=name != point.name)
         elif not pairing.within:
             matrix.add_largest(name)

@@ -262,10 +262,10 @@ def _check_positions(features: list[LayerFeatures], options: ScoreOptions) -> No
         for by_position in tower.arrays.values()
         for position in by_position
     }
-    for position in options.positions or ():
-        check_one_of("position", position, sorted(recorded, key=sort_key), where="the features")
     if not recorded:
         raise UserError("the features hold no position; extract again")
+    for position in options.positions or ():
+        check_one_of("position", position, sorted(recorded, key=sort_key), where="the features")
 
 
 def _tell_unshared(tasks: Iterable[ScoreTask], options: ScoreOptions) -> None:

@@ -167,13 +167,13 @@ def test_what_one_metric_refuses_leaves_the_others(monkeypatch: pytest.MonkeyPat
         return x.shape[1] / y.shape[1]
 
     entry = Metric(widths, "agreement", "pairs", "", "", null="shuffle")
-    monkeypatch.setitem(METRICS, "widths", entry)
+    monkeypatch.setitem(METRICS, "widths_max", entry)
     ranks = Metric(retrieval, "gap", "queries", "", "", per_item=retrieval_hits,
                    null=retrieval_null, spaces=("joint",))  # fmt: skip
     monkeypatch.setitem(METRICS, "first", ranks)
     features = make_features()
     features.vision.arrays["joint"]["2"][3] = 0.0
-    names = ["widths", "retrieval_r1", "first", "pair_distance"]
+    names = ["widths_max", "retrieval_r1", "first", "pair_distance"]
     table = vl.score(features, names, jobs=1, **QUICK)
     refused = {(note["metric"], note["position"]): note["reason"] for note in
                table.attrs["refused"]}  # fmt: skip
@@ -183,10 +183,10 @@ def test_what_one_metric_refuses_leaves_the_others(monkeypatch: pytest.MonkeyPat
         assert "row of zeros (item 3)" in refused[name, "2"]
     same = [of(table, name).drop(columns=["metric", "options"]) for name in names[1:3]]
     pd.testing.assert_frame_equal(*(one.reset_index(drop=True) for one in same))
-    own = of(table, "widths")  # of 24 columns, of 16 in texts, and 12 at `proj`
+    own = of(table, "widths_max")  # of 24 columns, of 16 in texts, and 12 at `proj`
     assert own["tower"].equals(own["other_tower"]) and set(own["value"]) == {1.0}
-    assert refused["widths", ""] == "the first is narrower"
-    assert refused["widths", "2"] == "widths is 1.333, and declares bounds of 0 and 1"
+    assert refused["widths_max", ""] == "the first is narrower"
+    assert refused["widths_max", "2"] == "widths_max is 1.333, and declares bounds of 0 and 1"
 
 
 def test_a_metric_from_a_file(tmp_path: Path, scores: pd.DataFrame) -> None:
