@@ -25,17 +25,9 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a pe
 RUN_FILES = ("provenance.json", "stages.json", "scores.json", "report.html")
 LOCK = ".lock"  # in a run folder: who writes there holds it
 PACKAGES = (
-    "vlm-layers",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "pandas",
-    "torch",
-    "open_clip_torch",
-    "timm",
-    "pillow",
-    "matplotlib",
-)
+    "vlm-layers", "numpy", "scipy", "scikit-learn", "pandas", "torch", "open_clip_torch", "timm",
+    "pillow", "matplotlib",
+)  # fmt: skip
 
 
 def _inside(name: str, meaning: str) -> property:

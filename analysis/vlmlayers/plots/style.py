@@ -25,17 +25,9 @@ TOWER_COLOURS = {"vision": "#0072B2", "text": "#B34700"}
 TOWER_MARKERS = {"vision": "o", "text": "s"}
 # Okabe and Ito's palette, darkened where needed for lines on white.
 CATEGORY_COLOURS = (
-    "#0072B2",
-    "#B34700",
-    "#007E5D",
-    "#B5568F",
-    "#8A6D00",
-    "#2F8FC4",
-    "#4D4D4D",
-    "#7A3E9D",
-    "#9C2F2F",
-    "#5B7F00",
-)
+    "#0072B2", "#B34700", "#007E5D", "#B5568F", "#8A6D00", "#2F8FC4", "#4D4D4D", "#7A3E9D",
+    "#9C2F2F", "#5B7F00",
+)  # fmt: skip
 CATEGORY_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 SCRIPTS = (  # fonts of other scripts, used where they are installed
     "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP",

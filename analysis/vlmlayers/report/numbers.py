@@ -167,8 +167,8 @@ class Answer:
             return self._searched(self.choice.evidence["search"])
         adapt: list[tuple[str, bool]] = []
         default: dict[str, str] = {}
-        for tower in self.depths:
-            fixed = "fixed" in self.standing(tower)
+        for tower in [*self.depths, *self.unscored]:
+            fixed = tower not in self.depths or "fixed" in self.standing(tower)
             if not fixed and not self.choice.firm(tower):
                 if self._resampled(tower) or self.choice.open(tower):
                     default[tower] = _blocks(self.paper.blocks(tower))
@@ -176,11 +176,8 @@ class Answer:
             blocks = self.choice.blocks(tower) if fixed else self.choice.firm(tower)
             adapt.append((" and " if adapt else "Adapt ", False))
             adapt.append((f"{_blocks(blocks)} of the {tower} tower", not fixed))
-            if others := self.choice.open(tower):
+            if not fixed and (others := self.choice.open(tower)):
                 adapt.append((f" ({_blocks(others)} open)", False))
-        for tower in self.unscored:
-            adapt.append((" and " if adapt else "Adapt ", False))
-            adapt.append((f"{_blocks(self.choice.blocks(tower))} of the {tower} tower", False))
         if adapt:
             adapt.append((".", False))
         if default:

@@ -204,12 +204,8 @@ def _amounts(cells: pd.DataFrame) -> dict[str, str]:
 UNTUNED_HEADING = "Harmonic mean, untuned"
 FEW = 6  # placements that the answer shows one and all
 OUTCOME_HEADINGS = (
-    "Base classes",
-    "Novel classes",
-    "Harmonic mean",
-    "HM against the chosen",
-    "Parameters",
-)
+    "Base classes", "Novel classes", "Harmonic mean", "HM against the chosen", "Parameters",
+)  # fmt: skip
 
 
 def _outcome_row(row: pd.Series, words_: str, chosen: str) -> list[Any]:
