@@ -91,8 +91,8 @@ def layer_curves(
         ax: Axes to draw on; a new figure where None.
 
     Raises:
-        UserError: The metric is not in the table or not on this tower, the table holds several
-            models or scorings, or colours are wrong or do nothing.
+        UserError: The metric is not in the table, not on this tower or within towers alone, the
+            table holds several models or scorings, or colours are wrong or do nothing.
     """
     if palette is not None and (hue is None or color is not None):
         raise UserError("palette colours the values of hue; name a hue, and no color beside it")
@@ -110,6 +110,10 @@ def layer_curves(
         if color is not None and len(parts) > 1:
             raise UserError(f"color would draw every {hue} alike; leave it out, or give a palette")
         frame = pd.concat(parts.values())
+        if frame.empty:
+            raise UserError(
+                f"metric {metric!r} has no values along a tower; draw it with `agreement_matrix`"
+            )
         if hue is None:
             Reading(space=space).say_choice(scores, metric)
         axis = _shared_axis(scores, parts, hue)

@@ -186,8 +186,13 @@ def overview(scores: Scores) -> pd.DataFrame:
 
     Args:
         scores: Score table of one model.
+
+    Raises:
+        UserError: No metric has values along a tower, as agreement within one has none.
     """
     made = [over_datasets(curves(scores, metric)) for metric in metric_names(bare(scores))]
+    if not any(map(len, made)):
+        raise UserError("no metric of the score table has values along a tower; score others")
     shown = pd.concat([part for part in made if len(part)], ignore_index=True)
     keys = list(dict.fromkeys(zip(shown["metric"], shown["tower"])))
     wide = shown.pivot_table(

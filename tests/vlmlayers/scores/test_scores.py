@@ -28,6 +28,7 @@ from vlmlayers.metrics.intervals import (
     mean_interval,
     wilson,
 )
+from vlmlayers.plots import layer_curves
 from vlmlayers.report.payload import metric_entry
 from vlmlayers.scores import (
     CONTRACT_COLUMNS,
@@ -407,6 +408,13 @@ def test_an_overview_keeps_a_tower_without_a_number() -> None:
     wide = overview(table)
     assert wide["dataset_accuracy"]["vision"].tolist() == [0.5]
     assert wide["dataset_accuracy"]["text"].isna().all()
+
+
+def test_agreement_within_a_tower_alone_is_no_curve() -> None:
+    table = score(replace(make_features(), text=None), ["cka_debiased"], **QUICK)
+    for show in (overview, lambda table: layer_curves(table, "cka_debiased")):
+        with pytest.raises(UserError, match="values along a tower"):
+            show(table)
 
 
 def test_a_class_name_of_two_datasets_is_one_row_of_pooled_agreement() -> None:
