@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmlayers.arguments import Count, checked
+from vlmlayers.arguments import Count, Positive, checked
 from vlmlayers.errors import check_one_of
 from vlmlayers.metrics.checks import (
     SAME,
@@ -74,7 +74,7 @@ def logistic(
     x: Given,
     *,
     classes: Count,
-    c_grid: tuple[float, ...] = C_GRID,
+    c_grid: tuple[Positive, ...] = C_GRID,
     normalise: str = "columns",
 ) -> Labels:
     """Predict by multinomial logistic regression, C chosen on the validation part.

@@ -450,3 +450,9 @@ def test_a_position_that_is_constant_predicts_as_chance_does() -> None:
     labels = np.arange(6) % 2
     predicted = logistic(fit, labels, rest, np.arange(4) % 2, rest, classes=2)
     assert len(set(predicted.tolist())) == 1
+
+
+def test_the_strength_of_a_ridge_is_above_zero() -> None:
+    x, y = planted()
+    with pytest.raises(UserError, match="c_grid takes numbers above 0, not -1.0"):
+        logistic(x, y, x, y, x, classes=5, c_grid=(1.0, -1.0))
