@@ -22,7 +22,7 @@ from vlmlayers.positions import TOWERS
 from vlmlayers.scores.reading import check_scores, depths
 from vlmlayers.scores.schema import Scores
 from vlmlayers.selection.curves import Array, BlockTable
-from vlmlayers.selection.per_block import is_scored, score_blocks
+from vlmlayers.selection.per_block import is_scored, metrics_of, score_blocks
 
 DIGITS = 12  # of predictions, which lie between −1 and 1
 Values = Mapping[str, Array]
@@ -195,11 +195,20 @@ def scorer(scores: pd.DataFrame, name: str) -> Callable[[Iterable[int], Iterable
 
 @checked
 def available_scores(scores: Scores) -> list[str]:
-    """Return the placement scores that this table supports, then `metric:NAME` for each metric."""
+    """Return the placement scores whose metrics are in a table, then `metric:NAME` for each metric.
+
+    A metric that lacks a block is left out as `metric:NAME`; of a score made of it `predict` says
+    so: it is to be known before anything is trained.
+    """
     table = BlockTable.of(scores, depths(scores))
-    read = {name: score.block_score for name, score in PLACEMENT_SCORES.items()}
-    read |= {f"metric:{name}": f"metric:{name}" for name in table.metric_names()}
-    return [name for name, of in read.items() if not of or is_scored(table, of, partial=True)]
+    present = set(table.metric_names())
+    named = [
+        name
+        for name, score in PLACEMENT_SCORES.items()
+        if not score.block_score or set(metrics_of(score.block_score)) <= present
+    ]
+    single = (f"metric:{name}" for name in table.metric_names())
+    return named + [name for name in single if is_scored(table, name, partial=True)]
 
 
 Placements = Annotated[Mapping[str, Any], Takes("a mapping from names to placements")]
