@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -36,8 +37,9 @@ def module_names(model: Any, placement: Placement) -> dict[str, tuple[str, ...]]
 def block_names(model: Any) -> dict[str, tuple[str, ...]]:
     """Return the names of all blocks in `model.named_modules()`, by tower."""
     module = _module(model)
-    # By identity: towers are found inside a wrapper, and names are those seen from outside.
-    names = {id(part): name for name, part in module.named_modules(remove_duplicate=False)}
+    # By identity: towers are found inside a wrapper, and names are those seen from outside. A block
+    # that stands in several places has its first name, by which peft knows it too.
+    names = {id(part): name for name, part in module.named_modules()}
     towers = find_towers(unwrapped(module, say=False))
     return {name: tuple(names[id(b)] for b in tower.blocks) for name, tower in towers.items()}
 
@@ -51,7 +53,9 @@ def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) ->
     known = [name for name in signature(LoraConfig).parameters if name not in _STATED]
     for name in options:
         check_one_of("option", name, known, where="LoraConfig with the layers of a choice")
-    if not isinstance(rank := options.get("r", 8), Integral) or rank < 1:  # peft looks at it later
+    rank = options.get("r", 8)
+    # peft looks at it later, and writes none of numpy's to its file.
+    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
         raise UserError(f"r is {rank!r}; the rank of LoRA is a whole number from 1")
     if options.get("bias") == "all":
         LOG.warning(
@@ -61,8 +65,8 @@ def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) ->
     module = _module(model)
     chosen = {tower: blocks for tower, blocks in _chosen(module, placement).items() if blocks}
     _refuse_lora(chosen)
-    linear = bool(options.get("use_dora"))  # peft has no DoRA of fused attention
-    layers = {tower: layers_of(blocks, linear) for tower, blocks in chosen.items()}
+    special = _beyond_fused(options)
+    layers = {tower: layers_of(blocks, bool(special)) for tower, blocks in chosen.items()}
     for tower, inside in layers.items():
         if not inside:
             raise UserError(
@@ -71,12 +75,21 @@ def lora_config(model: Any, placement: Placement, options: Mapping[str, Any]) ->
             )
     if options.get("target_modules") is not None:
         layers = _wanted(layers, options["target_modules"])
+    _tell_fused(chosen, layers, special)
+    acting = {name for inside in layers.values() for name in inside}
+    _tell_shared(
+        "to_peft", module, placement, lambda b: (p for n, p in b.named_modules() if n in acting)
+    )
     # LoRA trains no norm, in the chosen blocks neither.
     _tell_averaging("to_peft", module, [])
-    names = module_names(model, placement)
+    # A second adapter is added by names inside of what the first was put into.
+    base: Any = getattr(module, "get_base_model", None) if hasattr(module, "peft_config") else None
+    names = module_names(base() if base else module, placement)
     pattern = "|".join(module_pattern(names[tower], layers[tower]) for tower in chosen)
+    if base:
+        pattern = rf"(?:base_model\.model\.)?(?:{pattern})"
     try:
-        return LoraConfig(**{**options, "target_modules": pattern})
+        return LoraConfig(**{**options, "r": int(rank), "target_modules": pattern})
     except (TypeError, ValueError) as error:
         raise UserError(f"peft refuses these options of LoraConfig: {error}") from error
 
@@ -89,13 +102,13 @@ def freeze(model: Any, placement: Placement) -> dict[str, int]:
     # parameters whenever the model is looked through: an optimiser would keep the old ones.
     _refuse_lora(chosen)
     module.requires_grad_(False)
-    count = dict.fromkeys(chosen, 0)
-    for tower, blocks in chosen.items():
-        for block in blocks:
-            block.requires_grad_(True)
-            count[tower] += sum(weight.numel() for weight in block.parameters())
+    weights = _weights(chosen)
+    for own in weights.values():
+        for weight in own:
+            weight.requires_grad_(True)
+    _tell_shared("freeze", module, placement, nn.Module.parameters)
     _tell_averaging("freeze", module, [block for blocks in chosen.values() for block in blocks])
-    return count
+    return {tower: sum(weight.numel() for weight in own) for tower, own in weights.items()}
 
 
 def parameter_groups(
@@ -107,8 +120,8 @@ def parameter_groups(
             raise UserError(f"parameter_groups gives each group its {name}; leave {name} out")
     groups = []
     module = _module(model)
-    for tower, blocks in _chosen(module, placement).items():
-        weights = [w for block in blocks for w in block.parameters() if w.requires_grad]
+    for tower, own in _weights(_chosen(module, placement)).items():
+        weights = [weight for weight in own if weight.requires_grad]
         matrices = [weight for weight in weights if weight.ndim > 1]
         rest = [weight for weight in weights if weight.ndim <= 1]
         # Norms and biases: decay would pull scales to 0 and does not regularise a product.
@@ -125,6 +138,17 @@ def parameter_groups(
     return groups
 
 
+def _weights(chosen: Mapping[str, Sequence[nn.Module]]) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of each tower's blocks; one that blocks share stands once."""
+    seen: set[int] = set()
+    found: dict[str, list[nn.Parameter]] = {}
+    for tower, blocks in chosen.items():
+        own = {id(weight): weight for block in blocks for weight in block.parameters()}
+        found[tower] = [weight for key, weight in own.items() if key not in seen]
+        seen |= own.keys()
+    return found
+
+
 def _refuse_lora(chosen: Mapping[str, Sequence[nn.Module]]) -> None:
     for tower, blocks in chosen.items():
         if any("lora_A" in n.split(".") for block in blocks for n, _ in block.named_modules()):
@@ -132,6 +156,54 @@ def _refuse_lora(chosen: Mapping[str, Sequence[nn.Module]]) -> None:
                 f"the chosen {tower} blocks have LoRA already, which is what trains in them; load "
                 "the model afresh, or take it out by peft_model.unload()"
             )
+
+
+def _tell_shared(
+    by: str, module: nn.Module, placement: Placement, parts: Callable[[nn.Module], Iterable[Any]]
+) -> None:
+    """Warn of blocks that are not chosen and share parts, or weights, with those that are."""
+    towers = find_towers(unwrapped(module, say=False))
+    numbered = [(t, n, b) for t, tower in towers.items() for n, b in enumerate(tower.blocks, 1)]
+    held = [
+        (n in placement.blocks(t), f"{t} block {n}", {*map(id, parts(b))}) for t, n, b in numbered
+    ]
+    trained = {key for chosen, _, keys in held if chosen for key in keys}
+    if others := [name for chosen, name, keys in held if not chosen and keys & trained]:
+        LOG.warning(
+            "%s: the chosen blocks share weights with %s left out, as %s, which changes with them",
+            by, counted(len(others), "block"), others[0],
+        )  # fmt: skip
+
+
+def _beyond_fused(options: Mapping[str, Any]) -> str:
+    """Return which of peft's options it has for linear layers alone, not for fused attention."""
+    start = options.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in ("gaussian", "eva"):
+        return f"init_lora_weights={start!r}"
+    return "use_dora" if options.get("use_dora") else ""
+
+
+def _tell_fused(
+    chosen: Mapping[str, Sequence[nn.Module]], layers: Mapping[str, Sequence[str]], special: str
+) -> None:
+    """Warn of attention that keeps its projections as one parameter, where peft falls short."""
+    found = {
+        (name in layers[tower], part.in_proj_weight.dtype)
+        for tower, blocks in chosen.items()
+        for block in blocks
+        for name, part in block.named_modules()
+        if isinstance(part, nn.MultiheadAttention) and part.in_proj_weight is not None
+    }
+    if special and found:
+        LOG.warning("to_peft: peft has no %s for fused attention, which is left out", special)
+    half = {kind for acting, kind in found if acting and kind.itemsize < torch.float32.itemsize}
+    if half:
+        LOG.warning(
+            "to_peft: peft adds LoRA to the weights of fused attention for each pass and takes it "
+            "off again, and rounding to %s moves them each time; train in float32, under autocast "
+            "if need be, or leave attention out of target_modules",
+            str(half.pop()).removeprefix("torch."),
+        )
 
 
 def _tell_averaging(by: str, module: nn.Module, trained: Sequence[nn.Module]) -> None:

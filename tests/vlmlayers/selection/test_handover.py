@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import tiny
@@ -94,7 +96,97 @@ def test_blocks_that_lora_cannot_act_on_or_has_already_are_refused():
     assert {n for n, w in clip.named_parameters() if w.requires_grad} == trained
 
 
-@pytest.mark.parametrize("rank", [0, -1, 2.5])
+def test_weights_that_blocks_share_count_once_and_change_blocks_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clip = tiny.build("clip")
+    first, second, third = clip.visual.transformer.resblocks
+    third.mlp.c_fc.weight = second.mlp.c_fc.weight
+    count = CHOICE.freeze(clip)
+    assert sum(count.values()) == sum(w.numel() for w in clip.parameters() if w.requires_grad)
+    held = [id(weight) for group in CHOICE.parameter_groups(clip) for weight in group["params"]]
+    assert len(held) == len(set(held)) and not caplog.messages
+    first.ln_1.weight = second.ln_1.weight
+    CHOICE.freeze(clip)
+    told = "the chosen blocks share weights with 1 block left out, as vision block 1, which changes"
+    assert f"freeze: {told}" in caplog.text
+    caplog.clear()
+    assert CHOICE.to_peft(clip, r=2) and not caplog.messages, "LoRA is beside a norm, not in it"
+    model = transformers_models.build("CLIP")
+    model.vision_model.encoder.layers[3] = model.vision_model.encoder.layers[1]
+    config = vl.LayerChoice((4,), (), "own").to_peft(model, r=2)
+    assert "to_peft: the chosen blocks share weights with 1 block left out, as vision block 2" in (
+        caplog.text
+    )
+    # peft knows a module by its first name alone.
+    inside = peft.get_peft_model(model, config).get_base_model()
+    assert adapted(inside) == {"vision_model.encoder.layers.1"}
+
+
+@pytest.mark.parametrize("add", ["add_adapter", "get_peft_model"])
+def test_a_second_adapter_goes_to_other_blocks(add: str) -> None:
+    model = transformers_models.build("CLIP")
+    first = vl.LayerChoice((1,), (), "own")
+    with_lora = peft.get_peft_model(model, first.to_peft(model, r=2))
+    config = CHOICE.to_peft(with_lora, r=2)
+    if add == "add_adapter":
+        with_lora.add_adapter("second", config)
+        with_lora.set_adapter("second")
+    else:
+        peft.get_peft_model(with_lora, config, adapter_name="second")
+    second = {n for n, w in model.named_parameters() if w.requires_grad and "second" in n}
+    blocks = [name for names in CHOICE.module_names(model).values() for name in names]
+    assert len(second) == 2 * 6 * len(blocks)
+    assert all(name.startswith(tuple(f"{block}." for block in blocks)) for name in second)
+
+
+def test_what_peft_cannot_do_in_fused_attention_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    clip = tiny.build("clip")
+    for options, told in (
+        ({"use_dora": True}, "peft has no use_dora for fused attention, which is left out"),
+        ({"init_lora_weights": "pissa"}, "peft has no init_lora_weights='pissa' for fused"),
+    ):
+        config = CHOICE.to_peft(clip, r=2, **options)
+        assert told in caplog.text and "attn" not in config.target_modules
+        assert peft.get_peft_model(tiny.build("clip"), config)
+        caplog.clear()
+        CHOICE.to_peft(transformers_models.build("CLIP"), r=2, **options)
+        assert not caplog.messages
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_frozen_weights_that_rounding_moves_are_told(
+    kind: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An adapter that is read beside the weights as they were would compute something else."""
+    torch.manual_seed(0)
+    clip = tiny.build("clip").to(kind)
+    attention = clip.visual.transformer.resblocks[1].attn
+    before = attention.in_proj_weight.detach().clone()
+    config = CHOICE.to_peft(clip, r=2, init_lora_weights=False)
+    peft.get_peft_model(clip, config)
+    for _ in range(10):
+        clip.encode_image(tiny.images(clip).to(kind))
+    drift = (attention.in_proj_weight - before).abs().max() / before.abs().max()
+    told = "rounding to bfloat16 moves them each time; train in float32, under autocast" in (
+        caplog.text
+    )
+    assert told == bool(drift > 1e-4) == (kind is torch.bfloat16)
+    caplog.clear()
+    CHOICE.to_peft(tiny.build("clip").to(kind), r=2, target_modules=["c_fc"])
+    assert not caplog.messages
+
+
+def test_an_adapter_of_a_numpy_rank_is_written(tmp_path: Path) -> None:
+    clip = tiny.build("clip")
+    with_lora = peft.get_peft_model(clip, CHOICE.to_peft(clip, r=np.int64(2)))
+    with_lora.save_pretrained(tmp_path)
+    assert (
+        peft.PeftModel.from_pretrained(tiny.build("clip"), tmp_path).peft_config["default"].r == 2
+    )
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5, True])
 def test_a_rank_of_lora_that_is_none_is_refused(rank: float) -> None:
     with pytest.raises(vl.UserError, match=f"r is {rank}; the rank of LoRA is a whole number"):
         CHOICE.to_peft(transformers_models.build("CLIP"), r=rank)
