@@ -57,6 +57,7 @@ AnyModel = Annotated[
 ]
 
 
+@torch.inference_mode(False)  # weights made in it can never be trained, nor changed outside it
 @on_cpu()
 @checked
 def load_model(

@@ -186,6 +186,15 @@ def test_an_adapter_of_a_numpy_rank_is_written(tmp_path: Path) -> None:
     )
 
 
+def test_a_model_that_was_loaded_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        model = load_model("mini-clip")
+    choice = vl.LayerChoice((12,), (), "own")
+    choice.freeze(model)
+    model.clip.encode_image(model.towers["vision"].example(1)).sum().backward()
+    assert all(weight.grad is not None for weight in model.towers["vision"].blocks[11].parameters())
+
+
 @pytest.mark.parametrize("rank", [0, -1, 2.5, True])
 def test_a_rank_of_lora_that_is_none_is_refused(rank: float) -> None:
     with pytest.raises(vl.UserError, match=f"r is {rank}; the rank of LoRA is a whole number"):
