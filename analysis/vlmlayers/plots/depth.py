@@ -417,7 +417,9 @@ def check_choice(
                 "choice of this model"
             )
     drawn = scores[["model", "weights"]].drop_duplicates().astype(str)
-    others = [choice.of_another(*one) for one in drawn.itertuples(index=False, name=None)]
+    # Of several joined tables nothing tells of which a hash is.
+    mark = str(scores.attrs.get("weights_hash", "")) if len(drawn) == 1 else ""
+    others = [choice.of_another(m, w, mark) for m, w in drawn.itertuples(index=False, name=None)]
     if others and all(others):
         LOG.warning("the choice that is marked was made from scores %s", others[0])
 

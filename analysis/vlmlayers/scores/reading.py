@@ -170,7 +170,8 @@ def _refuse_repeats(scores: pd.DataFrame) -> None:
         raise UserError(
             f"the score table has several values of {first['metric']} at {first['tower']} "
             f"{first['position']} of {first['dataset']}, seed {first['seed']}: scorings with "
-            "other options, joined; keep the rows of one, or draw each in axes of its own"
+            "other options, or of weights of one name, joined; name them apart by "
+            "scores.assign(weights=…), keep the rows of one, or draw each in axes of its own"
         )
 
 

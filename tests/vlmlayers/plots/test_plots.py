@@ -571,6 +571,18 @@ def test_a_choice_is_marked_on_its_own_model(caplog: pytest.LogCaptureFixture) -
     assert "was made from scores of another (toy.safetensors), not of toy" in caplog.text
 
 
+def test_a_choice_of_other_weights_of_one_name_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """As of a model in memory, before it was tuned."""
+    scores = planted(6, 6, (3, 3))
+    scores.attrs["weights_hash"] = "before"
+    choice = select(scores, resamples=20)
+    plots.layer_curves(scores, tower="vision", choice=choice)
+    assert not caplog.messages
+    scores.attrs["weights_hash"] = "after"
+    plots.layer_curves(scores, tower="vision", choice=choice)
+    assert "(toy.safetensors, before), not of toy (toy.safetensors, after)" in caplog.text
+
+
 def test_chance_of_two_models_is_read_position_by_position() -> None:
     rising = curve_rows("effective_rank", "vision", step(12, 5))
     for number, one in enumerate(rising):
