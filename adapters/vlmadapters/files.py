@@ -25,6 +25,7 @@ from vlmadapters.device import own_modes
 from vlmadapters.methods import METHODS
 from vlmadapters.methods.base import Method
 from vlmadapters.methods.config import OURS, MethodConfig
+from vlmlayers.architectures import OF_PEFT
 from vlmlayers.errors import UserError, one_line
 from vlmlayers.files import atomically, checksum, write_text
 from vlmlayers.models.checkpoints import BROKEN, torch_content
@@ -127,7 +128,12 @@ def _read_ours(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
             info = json.loads((file.metadata() or {}).get("description", "{}"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, RuntimeError, RecursionError) as error:
-        raise UserError(f"cannot read the adapter {path}: {one_line(error)}") from error
+        why = one_line(error)
+        if Path(path).suffix != OURS and Path(path).is_file():
+            why = f"it is not *{OURS}, as those of this toolkit are"
+        raise UserError(f"cannot read the adapter {path}: {why}") from error
+    if any(".lora_A." in key for key in state):
+        raise UserError(f"{path} {OF_PEFT} as weights, by --pretrained")
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise UserError(
             f"{path} is not an adapter of this toolkit (its header does not say {FORMAT})"
@@ -169,9 +175,10 @@ def load_method(path: str | Path, model: Any) -> Method:
     """
     info, state = _read_ours(path)
     if info.weights_hash != model.weights_hash:
+        held = "" if model.precision == "fp32" else f" in {model.precision}"
         raise UserError(
             f"{path} was trained on {info.model} with weights {info.weights} "
-            f"({info.weights_hash[:12]}), this is {model.name} with weights {model.weights} "
+            f"({info.weights_hash[:12]}), this is {model.name} with weights {model.weights}{held} "
             f"({model.weights_hash[:12]}); load the backbone it was trained on"
         )
     then, now = shared_structure(info.structure, model.identity()["structure"])

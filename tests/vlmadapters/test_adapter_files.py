@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from backbones import backbone, shared_backbone
+from safetensors.torch import save_file
 
 from vlmadapters.cli.train import _tell_precision
 from vlmadapters.data.task import Task
@@ -27,6 +28,7 @@ from vlmadapters.files import (
 from vlmadapters.methods.mma.config import MMAConfig
 from vlmadapters.methods.mma.module import new_adapter
 from vlmlayers.errors import UserError
+from vlmlayers.models import load_model
 
 CONFIG = MMAConfig((1, 2), (2, 3), dim=4, scale=0.5)
 
@@ -198,6 +200,24 @@ def test_damaged_files_are_named(content: bytes | None, message: str, tmp_path: 
         load_official(path, shared_backbone())
     with pytest.raises(UserError, match="cannot read the adapter"):
         load_method(path, shared_backbone())
+
+
+def test_adapters_made_elsewhere_are_told_apart_from_damaged_ones(tmp_path: Path) -> None:
+    model, theirs, of_peft = shared_backbone(), tmp_path / "theirs.pt", tmp_path / "p.safetensors"
+    torch.save({"weights": {}}, theirs)
+    with pytest.raises(UserError, match=r"theirs.pt: it is not \*.safetensors, as those of this"):
+        load_method(theirs, model)
+    save_file({"base_model.model.visual.lora_A.weight": torch.ones(2, 2)}, of_peft)
+    with pytest.raises(UserError, match="p.safetensors holds what peft trained beside a model"):
+        load_method(of_peft, model)
+
+
+def test_weights_in_another_precision_are_said_to_be(tmp_path: Path) -> None:
+    """The file and its name are the same."""
+    model = load_model("mini-clip")
+    path = save_method(tmp_path / "a", new_adapter(model.clip, CONFIG, seed=5), model)
+    with pytest.raises(UserError, match=r"weights model.safetensors in bf16 \(\w+\); load"):
+        load_method(path, load_model("mini-clip", precision="bf16"))
 
 
 def test_a_checkpoint_of_a_training_that_diverged_is_refused(tmp_path: Path) -> None:
