@@ -141,7 +141,8 @@ class LayerChoice:
             model: As for `module_names`.
             **options: Those of peft's `LoraConfig`. `target_modules` are names of layers inside a
                 block, such as `q_proj`; where absent every linear layer that is called, and fused
-                attention. One whose weights alone are read, as `qkv` of EVA, would not train.
+                attention, of which peft has neither DoRA nor initial values made from the weights.
+                One whose weights alone are read, as `qkv` of EVA, would not train.
 
         Raises:
             UserError: peft is not installed or refuses an option, no block is chosen or none has
