@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from vlmlayers.arguments import Count, Natural, Position, Seed, checked
-from vlmlayers.errors import UserError
+from vlmlayers.errors import UserError, shortened
 from vlmlayers.features import LayerFeatures
 from vlmlayers.manifests import Manifest
 from vlmlayers.plots.style import (
@@ -24,6 +23,7 @@ from vlmlayers.plots.style import (
     new_grid,
     position_label,
     position_title,
+    short_names,
     style,
 )
 from vlmlayers.scores.projection import Projection, ShownTower, Space, class_name, nearest, project
@@ -106,7 +106,8 @@ def _points(ax: Axes, table: pd.DataFrame, colour: str, palette: Any, *, legend:
     import seaborn as sns
 
     names = list(dict.fromkeys(table[colour]))
-    shown = {name: label_text(name, among=names) for name in names}
+    drawn = short_names([label_text(name, among=names) for name in names])
+    shown = dict(zip(names, drawn))
     if palette is None:
         palette = (
             list(CATEGORY_COLOURS)[: len(names)]
@@ -178,7 +179,7 @@ def neighbours(
         ax.grid(visible=False)
         ax.spines[:].set_visible(False)
         name = class_name(features, images.labels[item]) or Path(images.ids[item]).name
-        ax.set_title(f"Nearest to “{label_text(shorten(name, 30, placeholder='…'))}”")
+        ax.set_title(f"Nearest to “{label_text(shortened(name, 30))}”")
         return mark_random(ax, features.random_weights)
 
 

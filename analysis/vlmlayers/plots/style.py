@@ -62,6 +62,11 @@ STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "lines.linewidth": 1.4,
     "lines.markersize": 3.2,
+    # What a user's own style may turn on and means nothing here: between blocks there is none.
+    "lines.marker": "None",
+    "xtick.minor.visible": False,
+    "ytick.minor.visible": False,
+    "image.origin": "upper",
     "legend.frameon": False,
     "figure.figsize": (COLUMN_WIDTH, 2.4),
     "figure.dpi": 110,
@@ -180,26 +185,36 @@ def label_text(text: str, among: Iterable[str] = ()) -> str:
     known = _drawable()
 
     def drawn(name: str) -> str:
-        return "".join(c if ord(c) in known or c.isspace() else "□" for c in name)
+        # Matplotlib leaves a label out of the legend that begins with an underscore.
+        return "".join(c if ord(c) in known or c.isspace() else "□" for c in name).lstrip("_")
 
     made = drawn(text)
     alike = [name for name in dict.fromkeys(among) if drawn(name) == made]
     if len(alike) > 1 and made != text:
         made += f" ({alike.index(text) + 1})"
-    return made.replace("$", r"\$").lstrip("_") or "□"
+    return made.replace("$", r"\$") or "□"
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """Return names of `NAME` characters at most, of which none is like another for being cut."""
-    ways: list[Callable[[str], str]] = [
-        lambda name: shortened(name, NAME),
-        lambda name: shortened(name, NAME - NAME // 2) + name[-(NAME // 2) :],
+def short_names(names: Sequence[str], most: int = NAME) -> list[str]:
+    """Return names of `most` characters at most, of which none is like another for being cut.
+
+    Names are as `label_text` returns them: no cut parts a `$` from what keeps it from mathematics.
+    """
+    ways: list[Callable[[str, int], str]] = [
+        lambda name, row: shortened(name, most),
+        lambda name, row: shortened(name, most - most // 2) + name[-(most // 2) :],
+        lambda name, row: f"{shortened(name, most - 5)} ({row})",
     ]
-    for cut in ways:
-        made = [cut(name) if len(name) > NAME else name for name in names]
+    plain = [name.replace(r"\$", "$") for name in names]
+    made: list[str] = []
+    for way in ways:
+        made = [
+            way(text, row).replace("$", r"\$") if len(text) > most else name
+            for row, (name, text) in enumerate(zip(names, plain), 1)
+        ]
         if len(set(made)) == len(set(names)):
-            return made
-    return [f"{shortened(name, NAME - 5)} ({row})" for row, name in enumerate(names, 1)]
+            break
+    return made
 
 
 def unseen() -> AbstractContextManager[None]:
@@ -270,6 +285,14 @@ def declared(metric: str, field: str, default: Any) -> Any:
         return default
     value = getattr(found, field, None)
     return default if value in (None, "") else value
+
+
+def ink(ax: Axes, dark: str) -> str:
+    """Return a dark colour, or that of the text of axes where it is light, as on dark grounds."""
+    from matplotlib.colors import to_rgb
+
+    text: Any = ax.xaxis.label.get_color()
+    return text if sum(to_rgb(text)) > 1.5 else dark
 
 
 def mark_random(ax: Axes, random_weights: bool) -> Axes:

@@ -210,6 +210,19 @@ def test_names_in_any_script_are_drawn_or_replaced_without_a_warning(name: str) 
     assert one != two, "names that cannot be drawn are still told apart"
 
 
+def test_names_that_only_an_underscore_or_their_length_tells_apart_stay_apart() -> None:
+    long = "a_class_of_a_name_of_more_than_sixty_characters_without_a_space"
+    features = replace(planted(), class_names=("a", "_a", long))
+    ax = vl.plots.scatter(features, "2", space="joint", colour="class")
+    assert isinstance(ax, Axes)
+    legend = ax.get_legend()
+    assert legend is not None
+    assert sorted(one.get_text() for one in legend.texts) == ["a", "a (2)", "a_class_of_a_name…"]
+    pictures = {name: np.zeros((8, 8, 3), np.uint8) for name in features.tower("vision").ids}
+    ax = vl.plots.neighbours(features, 2, data=pictures, space="joint")
+    assert "a_class_of_a" in ax.get_title("left")
+
+
 def test_explore_holds_every_position_item_and_thumbnail() -> None:
     pytest.importorskip("altair", reason="needs the extra 'notebooks'")
     features = planted()
