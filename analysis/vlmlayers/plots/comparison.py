@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from vlmlayers.errors import UserError
+from vlmlayers.plots.depth import legend
 from vlmlayers.plots.style import axes, axis_label, category, label_text, style
 from vlmlayers.positions import is_block
 from vlmlayers.scores.summaries import over_datasets
@@ -43,5 +44,5 @@ def run_curves(curves: pd.DataFrame, metric: str) -> Axes:
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1, 1.1], ["Embed", "0.25", "0.5", "0.75", "1", "Proj"])
         ax.set_xlabel(f"Relative depth of the {curves['tower'].iloc[0]} tower")
         ax.set_ylabel(axis_label(metric))
-        ax.legend(loc="best")
+        legend(ax)
         return ax

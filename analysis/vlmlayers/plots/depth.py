@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from textwrap import fill
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from vlmlayers.plots.layout import DepthAxis, tail_of
 from vlmlayers.plots.style import (
     CATEGORY_DASHES,
     CHANCE_COLOUR,
+    NAME,
     OPEN_ALPHA,
     TOWER_COLOURS,
     TOWER_MARKERS,
@@ -54,6 +56,7 @@ from vlmlayers.selection import LayerChoice
 LOG = logging.getLogger(__name__)
 MANY = 9  # lines; the names of more take more room than a column has
 ROW = 0.12  # inches that a row of names takes
+LINE = 36  # characters of a name that fit into a column, where there are few
 
 
 @checked
@@ -197,7 +200,10 @@ def _look(
     side: str, name: str, label: str | None, looks: dict[str, Any], several: bool
 ) -> dict[str, Any]:
     """Return colour, marker, dash and label of one line; `several`: of both towers."""
-    words = [label, name] if name and label else [label or name or side.capitalize()]
+    # Of names that look alike where letters cannot be drawn each has a number.
+    named = label_text(name, looks) if name else ""
+    given = label_text(label) if label else ""
+    words = [given, named] if named and given else [given or named or side.capitalize()]
     # Colours begin again after ten, and those of a named palette sooner or later; of one tower the
     # dash tells lines of one colour apart.
     before = list(looks.values())[: list(looks).index(name)] if looks and not several else []
@@ -209,7 +215,7 @@ def _look(
         "color": looks.get(name, TOWER_COLOURS[side]),
         "marker": TOWER_MARKERS[side],
         "linestyle": "--" if looks and side == "text" and several else dash,
-        "label": label_text(", ".join(filter(None, words))),
+        "label": ", ".join(words),
     }
 
 
@@ -264,9 +270,9 @@ def dataset_curves(
         axis = DepthAxis.of(frame, depths(scores))
         ranks = list(dict.fromkeys([*order, *frame["dataset"]]))
         for name, part in frame.groupby("dataset", sort=False):
-            label = "all datasets" if name == POOLED else str(name)
+            label = "all datasets" if name == POOLED else label_text(str(name), ranks)
             look = category(ranks.index(name))
-            _line(ax, axis, part, tower, label=label_text(label), **look)
+            _line(ax, axis, part, tower, label=label, **look)
         _chance(ax, axis, frame)
         axis.draw(ax)
         if choice is not None:
@@ -294,11 +300,11 @@ def legend(ax: Axes) -> None:
     """Name the lines: inside the axes where few hide nothing there, else above in columns."""
     handles, names = ax.get_legend_handles_labels()
     lines = len(names)
-    if lines > MANY:
-        names = short_names(names)
+    names = short_names(names, NAME if lines > MANY else LINE)
     longest = max(map(len, names), default=0)
     if lines <= 3:
-        ax.legend(handlelength=1.6, loc="best", frameon=True, framealpha=0.9, edgecolor="none")
+        ax.legend(handles, names, handlelength=1.6, loc="best", frameon=True, framealpha=0.9,
+                  edgecolor="none")  # fmt: skip
         if not _hides(ax):
             return
     place: dict[str, Any] = {"ncols": 4, "fontsize": 6}
@@ -307,9 +313,10 @@ def legend(ax: Axes) -> None:
     place["ncols"] = max(1, min(place["ncols"], 60 // (longest + 6)))
     ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.6,
               columnspacing=1.2, **place)  # fmt: skip
-    if lines > MANY and ax.figure.axes == [ax]:  # else the rows would leave no room for the axes
+    rows = lines / place["ncols"]
+    if rows > 3 and ax.figure.axes == [ax]:  # else the rows would leave no room for the axes
         height = float(ax.figure.get_figheight())  # type: ignore[union-attr]
-        ax.figure.set_figheight(height + ROW * (lines / place["ncols"] - 3))  # type: ignore[union-attr]
+        ax.figure.set_figheight(height + ROW * (rows - 3))  # type: ignore[union-attr]
 
 
 def _hides(ax: Axes) -> bool:
@@ -500,7 +507,10 @@ def selection_frequency(choice: LayerChoice, ax: Axes | None = None) -> Axes:
         ax.set_xlim(0.3, axis.length + 0.7)
         ax.set_ylim(0, 1.02)
         ax.set_ylabel("Share of resamples")
-        legend = ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        handles, names = ax.get_legend_handles_labels()
+        names = [fill(name, 50) for name in names]  # a choice may be of many runs
+        legend = ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0),
+                           ncols=2 if max(map(len, names)) <= 22 else 1)  # fmt: skip
         for handle in legend.legend_handles:
             if handle is not None:
                 handle.set_alpha(1.0)

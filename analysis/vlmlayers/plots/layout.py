@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -79,7 +79,10 @@ class DepthAxis:
         if self.equal:
             names = sorted([*ends, *map(str, range(1, self.length + 1))], key=sort_key)
             ticks = [self.x(next(iter(self.blocks)), name) for name in names]
-            labels = sparse_labels(names)
+            # A user's axes may be of another size and have letters of another.
+            size: Any = ax.xaxis.get_major_ticks(1)[0].label1.get_fontsize()
+            width = ax.get_window_extent().width / ax.figure.dpi * 72
+            labels = sparse_labels(names, max(2, min(14, int(width / (1.85 * size)))))
             ax.set_xlabel("Block")
         else:
             # Block numbers of towers of other depth would stand at the same place for other blocks.

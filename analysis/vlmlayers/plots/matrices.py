@@ -109,7 +109,7 @@ def dataset_heatmap(
         index=list(dict.fromkeys(frame["dataset"])), columns=columns
     )
     with style():
-        ax = axes(ax, (3.35, 0.9 + 0.2 * len(grid)))
+        ax = axes(ax, (3.35, 1.0 + 0.2 * len(grid)))
         _image(ax, grid.to_numpy(float), fill(axis_label(metric), max(16, 6 + 3 * len(grid))))
         ax.set_xticks(range(len(columns)), _labels(columns, 8), rotation=90)
         ax.set_yticks(
@@ -144,10 +144,13 @@ def _image(ax: Axes, grid: np.ndarray, label: str) -> None:
     ax.set_facecolor("#EFEFEF")
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
-    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
+    low = ax.get_window_extent().height / ax.figure.dpi < LOW
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02, aspect=4 if low else 20)
     bar.outline.set_visible(False)
-    if ax.get_window_extent().height / ax.figure.dpi < LOW:
+    if low:
         ax.set_title(label, loc="left")  # beside so low a bar the label would be cut off
+        bar.set_ticks(sorted(set(image.get_clim())))  # of more, one would cover the next
+        bar.ax.yaxis.set_major_formatter("{x:.2g}")
     else:
         bar.set_label(label)
 

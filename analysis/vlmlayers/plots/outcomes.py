@@ -19,8 +19,11 @@ from vlmlayers.plots.style import (
     CATEGORY_COLOURS,
     axes,
     axis_label,
+    category,
+    ink,
     mark_random,
     new_grid,
+    short_names,
     style,
 )
 from vlmlayers.scores.reading import is_random
@@ -31,7 +34,6 @@ OUTCOMES = {
     "novel": ("Novel classes", "#B34700", "^"),
     "hm": ("Harmonic mean", "#222222", "o"),
 }
-INTERVAL: dict[str, Any] = {"color": "#222222", "alpha": 0.4, "linewidth": 0.8}
 # Where the label of a point may stand: its offset in points, and its edges there.
 PLACES: tuple[tuple[tuple[float, float], str, str], ...] = (
     ((3, 2), "left", "baseline"),
@@ -42,6 +44,8 @@ PLACES: tuple[tuple[tuple[float, float], str, str], ...] = (
     ((-4, -2), "right", "top"),
 )
 KIND_OF = {"chosen": "chosen", "published": "paper", "sweep": "start"}  # in a validation's tables
+MOST_LABELS = 18  # of a sweep
+LONGEST = 24  # characters of the label of a point
 KEPT = 4  # order of drawing of labels that stay in any crowd, above all others
 CHOSEN_COLOUR, PUBLISHED_COLOUR = "#007E5D", "#7A3E9D"
 
@@ -73,6 +77,10 @@ def _flag(outcomes: pd.DataFrame, name: str) -> pd.Series:
     if "kind" in outcomes.columns:
         return pd.Series(of_kind(outcomes, KIND_OF[name]))
     return pd.Series(False, index=outcomes.index)
+
+
+def _intervals(ax: Axes, x: Any, low: Any, high: Any) -> None:
+    ax.vlines(x, low, high, color=ink(ax, "#222222"), alpha=0.4, linewidth=0.8)
 
 
 def _label_axis(ax: Axes, words: str, outcomes: pd.DataFrame) -> None:
@@ -107,9 +115,12 @@ def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
         outcomes = sweep_first(outcomes.assign(sweep=_flag(outcomes, "sweep")))
     swept = outcomes.get("sweep", pd.Series(True, index=outcomes.index))
     with style():
-        ax = axes(ax, (3.35, 2.6))
+        labels = short_names([Placement.parse(p).label for p in outcomes["placement"]])
+        # Slanted labels of many blocks would leave no room for the curves.
+        ax = axes(ax, (3.35, 2.6 + 0.05 * max([0, *(len(label) - 6 for label in labels)])))
         x = pd.Series(range(len(outcomes)), index=outcomes.index)
         for name, (label, colour, marker) in OUTCOMES.items():
+            colour = ink(ax, colour) if name == "hm" else colour
             dots: dict[str, Any] = {"linestyle": "", "marker": marker, "color": colour}
             joined: dict[str, Any] = dots | {"linestyle": "-"}
             if swept.any():
@@ -119,14 +130,19 @@ def placement_sweep(outcomes: Outcomes, ax: Axes | None = None) -> Axes:
                 ax.plot(x[~swept], outcomes.loc[~swept, name], markersize=4.5, **dots, **rest)
         if {"hm_low", "hm_high"} <= set(outcomes.columns):
             low, high = outcomes["hm_low"], outcomes["hm_high"]
-            ax.fill_between(x[swept], low[swept], high[swept], color="#222222", alpha=0.14,
-                            linewidth=0)  # fmt: skip
-            ax.vlines(x[~swept], low[~swept], high[~swept], **INTERVAL)
-        for place in x[_flag(outcomes, "chosen")]:
+            ax.fill_between(x[swept], low[swept], high[swept], color=ink(ax, "#222222"),
+                            alpha=0.14, linewidth=0)  # fmt: skip
+            _intervals(ax, x[~swept], low[~swept], high[~swept])
+        chosen = _flag(outcomes, "chosen")
+        for place in x[chosen]:
             ax.axvspan(place - 0.4, place + 0.4, color=CHOSEN_COLOUR, alpha=0.14, linewidth=0)
-        labels = [Placement.parse(p).label for p in outcomes["placement"]]
         fits = sum(map(len, labels)) <= 36
         slanted: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        # Of a long sweep every second label or less, since they would cover each other.
+        step = max(1, -(-int(swept.sum()) // MOST_LABELS))
+        near = np.abs(x.to_numpy()[:, None] - x[chosen].to_numpy()).min(axis=1, initial=step) < step
+        hidden = swept & ~chosen & ((x % step > 0) | near)
+        labels = ["" if one else label for label, one in zip(labels, hidden)]
         ax.set_xticks(x, labels, **({} if fits else slanted))
         ax.set_ylabel("Accuracy (%)")
         _label_axis(ax, "", outcomes)
@@ -166,10 +182,8 @@ def amount_curves(amounts: Outcomes, axs: Sequence[Axes] | None = None) -> list[
                 if (line.index == 0).all():
                     ax.axhline(line.iloc[0], color="#666666", linestyle=":", label=str(name))
                     continue
-                colour = CATEGORY_COLOURS[number % len(CATEGORY_COLOURS)]
-                marker = "os^Dv<>P"[number // len(CATEGORY_COLOURS) % 8]
-                ax.plot(line.index, line, marker=marker, color=colour, markersize=3,
-                        label=Placement.parse(str(name)).label)  # fmt: skip
+                ax.plot(line.index, line, marker="os^Dv<>P"[number % 8], markersize=3,
+                        label=Placement.parse(str(name)).label, **category(number))  # fmt: skip
             if len(trained):
                 ax.set_xscale("log")
                 ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
@@ -218,16 +232,17 @@ def predicted_vs_trained(
                 ax.scatter(part[predicted], part["hm"], s=size, label=label, color=colour,
                            marker=marker, zorder=3)  # fmt: skip
         if {"hm_low", "hm_high"} <= set(outcomes.columns):
-            ax.vlines(outcomes[predicted], outcomes["hm_low"], outcomes["hm_high"], **INTERVAL)
-        for must, (_, row) in zip(chosen | outcomes["hm"].eq(outcomes["hm"].max()),
-                                  outcomes.iterrows()):  # fmt: skip
+            _intervals(ax, outcomes[predicted], outcomes["hm_low"], outcomes["hm_high"])
+        labels = short_names([Placement.parse(p).label for p in outcomes["placement"]], LONGEST)
+        for must, label, (_, row) in zip(chosen | outcomes["hm"].eq(outcomes["hm"].max()), labels,
+                                         outcomes.iterrows()):  # fmt: skip
             ax.annotate(
-                Placement.parse(row["placement"]).label,
+                label,
                 (row[predicted], row["hm"]),
                 fontsize=5.5,
                 xytext=PLACES[0][0],
                 textcoords="offset points",
-                color="#444444",
+                color=ink(ax, "#444444"),
                 zorder=KEPT if must else None,
             )
         _, of_metric, name = predicted.rpartition("metric:")
@@ -259,6 +274,8 @@ def drop_overlapping_texts(ax: Axes) -> Axes:
     Labels of the order `KEPT` choose first, may stand elsewhere around their point, and stay.
     """
     figure: Any = ax.figure
+    for text in ax.texts:
+        text.set_in_layout(False)  # a long one would narrow the axes before it finds its place
     # Extents are known after a layout only.
     figure.draw_without_rendering()
     frame = ax.get_window_extent()

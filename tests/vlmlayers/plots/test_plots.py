@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +21,7 @@ from score_tables import DATASETS, curve_rows, full, pair_rows, planted, row, st
 
 from vlmlayers import plots
 from vlmlayers.errors import UserError
+from vlmlayers.plots.comparison import run_curves
 from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import slug
 from vlmlayers.plots.style import OPEN_ALPHA, axis_label, category, short_names
@@ -693,6 +695,112 @@ def test_names_of_many_datasets_leave_room_for_what_is_drawn() -> None:
         seen = [ax.get_legend()] if ax.get_legend() else ax.get_yticklabels()
         boxes = [one.get_window_extent() for one in seen]
         assert all(box.x0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1 for box in boxes)
+
+
+LONG = "a_model_or_dataset_of_a_name_of_more_than_sixty_characters_no_"
+
+
+def on_page(ax: Axes) -> tuple[Any, Any, list[str]]:
+    """Return the box of the axes in inches, and box and names of their legend, on the page."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    made = ax.get_legend()
+    assert made is not None
+    box, whole = made.get_window_extent(), figure.bbox
+    assert box.x0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
+    inches = figure.dpi_scale_trans.inverted()
+    return ax.get_window_extent().transformed(inches), box, [one.get_text() for one in made.texts]
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 12])
+def test_the_longest_names_stay_on_the_page_apart_and_beside_the_curves(count: int) -> None:
+    rows = curve_rows("class_accuracy", "vision", step(12, 5))
+    many = table(*([dict(one, dataset=f"{LONG}{k}") for one in rows] for k in range(count)))
+    runs = curves(many, "class_accuracy").assign(run=lambda frame: frame["dataset"], dataset="*")
+    for ax in (
+        plots.dataset_curves(many, "class_accuracy"),
+        plots.layer_curves(many, "class_accuracy", hue="dataset", tower="vision"),
+        run_curves(runs, "class_accuracy"),
+    ):
+        axes, _, names = on_page(ax)
+        assert axes.width > 2 and axes.height > 1
+        assert len(set(names) - {"Chance"}) == count
+
+
+def test_a_name_is_not_cut_between_a_dollar_and_its_backslash() -> None:
+    assert short_names(["x" * 16 + r"\$y" + "z" * 9]) == ["x" * 16 + r"\$…"]
+    assert short_names([r"\$" * 18]) == [r"\$" * 18], "eighteen characters as drawn"
+
+
+def test_a_choice_of_many_runs_of_blocks_is_named_on_the_page() -> None:
+    towers = {t: {"depth": 48, "frequency": [0.5, 1.0, 1.0] * 16} for t in TOWERS}
+    blocks = [block for block in range(1, 49) if block % 3 != 1]
+    choice = LayerChoice(blocks, blocks, "threshold", {"towers": towers})
+    axes, _, names = on_page(plots.selection_frequency(choice))
+    assert axes.width > 2 and axes.height > 0.5
+    assert all("2–3" in name and "47–48" in name for name in names)
+
+
+def test_ends_of_the_bar_of_one_dataset_do_not_cover_each_other() -> None:
+    scores = full()
+    ax = plots.dataset_heatmap(scores[scores["dataset"] == DATASETS[0]])
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    labels = figure.axes[1].get_yticklabels()
+    low, high = (one.get_window_extent() for one in labels)
+    values = curves(scores, "class_accuracy", DATASETS[0]).query("tower == 'vision'")["value"]
+    ends = [f"{values.min():.2g}", f"{values.max():.2g}"]
+    assert not low.overlaps(high) and [one.get_text() for one in labels] == ends
+    assert figure.axes[1].get_window_extent().width / figure.dpi > 0.03
+
+
+def test_of_a_long_sweep_labels_are_left_out_and_the_chosen_one_stays() -> None:
+    deep = pd.concat([OUTCOMES] * 4, ignore_index=True)
+    deep["placement"] = [f"v{i}-48,t{i}-48" for i in range(1, 49)]
+    deep["chosen"] = deep.index == 4
+    ax = plots.placement_sweep(deep)
+    named = [place for place, one in enumerate(ax.get_xticklabels()) if one.get_text()]
+    assert named[:3] == [0, 4, 9] and min(np.diff(named)) == 3
+    apart = "v1+3+5+7+9+11+13+15+17+19,t2+4+6+8+10+12"
+    rest = pd.concat([OUTCOMES, OUTCOMES.tail(1).assign(placement=apart)], ignore_index=True)
+    ax = plots.placement_sweep(rest)
+    assert on_page(ax)[0].height > 1
+    rest["chosen"] = rest["placement"] == apart
+    rest["predicted"] = range(len(rest))
+    ax = drop_overlapping_texts(plots.predicted_vs_trained(rest))
+    assert on_page(ax)[0].width > 2
+    assert any(text.get_text().startswith("v1+3+5") for text in ax.texts)
+
+
+def test_a_users_style_hides_nothing_and_adds_nothing() -> None:
+    """On dark ground dark marks turn light; markers and ticks of other figures stay out."""
+    light = {name: "white" for name in ("text.color", "axes.labelcolor")}
+    with mpl.rc_context(light):
+        ax = plots.placement_sweep(OUTCOMES)
+        assert (
+            next(one for one in ax.lines if one.get_label() == "Harmonic mean").get_color()
+            == "white"
+        )
+        assert {one.get_color() for one in plots.cost(OUTCOMES).texts} == {"white"}
+    assert {one.get_color() for one in plots.cost(OUTCOMES).texts} == {"#444444"}
+    with mpl.rc_context({"lines.marker": "x", "xtick.minor.visible": True}):
+        scores = planted()
+        ax = plots.layer_curves(scores, choice=select(scores, resamples=20))
+    assert not len(ax.get_xticks(minor=True))
+    strips = [one for one in ax.lines if str(one.get_label()).startswith("_")]
+    assert strips and {one.get_marker() for one in strips} == {"None"}
+
+
+def test_blocks_are_numbered_more_sparsely_where_a_users_letters_are_larger() -> None:
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    ax = plots.layer_curves(planted(), ax=figure.subplots(1, 2)[0])
+    figure.draw_without_rendering()
+    labels = [one for one in ax.get_xticklabels() if one.get_text()]
+    boxes = [one.get_window_extent() for one in labels]
+    assert len(labels) > 6
+    assert not any(one.overlaps(other) for one, other in zip(boxes, boxes[1:]))
 
 
 def test_heat_maps_mark_open_blocks_pale() -> None:
