@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from vlmlayers import plots
 from vlmlayers.figures.captions import Caption, figure_latex
 from vlmlayers.files import write_text
+from vlmlayers.plots.depth import LINE, MANY, ROW
 from vlmlayers.plots.outcomes import CHOSEN_COLOUR, OUTCOMES, PUBLISHED_COLOUR
-from vlmlayers.plots.style import COLUMN_WIDTH
+from vlmlayers.plots.style import COLUMN_WIDTH, NAME, ink, short_names, sparse_labels
 
 LONGEST_LABEL = 18
 
@@ -48,7 +49,12 @@ def finish(ax: Axes, title: str, *, last: bool = True, first: bool = True, pad: 
         first: Whether the panel is in the first column, which names the vertical axis.
         pad: Points between title and axes.
     """
-    ax.set_title(title.replace("$", r"\$"), fontsize=8, fontweight="bold", loc="left", pad=pad)
+    width = ax.get_window_extent().width / ax.figure.dpi * 72
+    title = "\n".join(fill(line, int(width / 5)) for line in title.split("\n"))
+    if ax.get_title("right") and "\n" in title:  # which says that weights are random
+        title += "\n "
+    title = title.replace("$", r"\$")
+    ax.set_title(title, fontsize=8, fontweight="bold", loc="left", pad=pad)
     ax.set_xlabel(ax.get_xlabel() if last else "")
     ax.set_ylabel(fill(ax.get_ylabel(), LONGEST_LABEL) if first else "")
 
@@ -77,12 +83,16 @@ def shared_legend(figure: Figure, axes: Sequence[Axes], columns: int, title: str
             legend.remove()
     if len(handles) < 2:
         return
+    names = short_names(list(handles), NAME if len(handles) > MANY else LINE)
     for ncols in range(columns, 0, -1):
         with plots.style():
-            legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center",
+            legend = figure.legend(handles.values(), names, loc="outside lower center",
                                    ncols=ncols, title=title or None, title_fontsize=6.5,
                                    columnspacing=1.2, handlelength=1.8)  # fmt: skip
         if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            rows = len(names) / ncols
+            if rows > 3:  # else the panels would have no room
+                figure.set_figheight(figure.get_figheight() + ROW * (rows - 3))
             return
         legend.remove()
 
@@ -97,6 +107,7 @@ def mark_sweep(ax: Axes, means: pd.DataFrame) -> None:
     places = [float(i) + (0.0 if on else 0.6) for i, on in enumerate(means.on_axis)]
     on_axis = [place for place, on in zip(places, means.on_axis) if on]
     for name, (_, colour, marker) in OUTCOMES.items():
+        colour = ink(ax, colour) if name == "hm" else colour
         rows = means[~means.on_axis]
         ax.plot(places[len(on_axis):], rows[name], linestyle="", marker=marker, color=colour,
                 markersize=4)  # fmt: skip
@@ -112,7 +123,9 @@ def mark_sweep(ax: Axes, means: pd.DataFrame) -> None:
             ax.annotate(mark, (place, 1.0), (0, 1 + 8 * row), color=colour, fontsize=6.5,
                         ha="center", va="bottom", xycoords=ax.get_xaxis_transform(),
                         textcoords="offset points")  # fmt: skip
-    ax.set_xticks(places, means.label, rotation=0, ha="center", rotation_mode="default")
+    starts = means.label[means.on_axis]
+    labels = [*sparse_labels(starts), *means.label[~means.on_axis]]
+    ax.set_xticks(places, labels, rotation=0, ha="center", rotation_mode="default")
     ax.set_xlabel("First adapted block, up to the last")
 
 

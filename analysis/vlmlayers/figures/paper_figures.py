@@ -42,7 +42,7 @@ from vlmlayers.figures.pooling import read_scores
 from vlmlayers.placement import Placement
 from vlmlayers.plots.outcomes import drop_overlapping_texts
 from vlmlayers.plots.saving import with_source
-from vlmlayers.plots.style import axis_label, category
+from vlmlayers.plots.style import axis_label, category, label_text
 from vlmlayers.positions import FINAL
 from vlmlayers.scores.reading import Reading, ceiling, check_scores
 from vlmlayers.scores.summaries import (
@@ -128,10 +128,14 @@ def fig2_gap(tables: Folders, out: Path) -> list[Path]:
         drawn.append(in_panel(curves(part, metric), part, name))
     words = "Joint space: final norm and projection applied at every position"
     shared_legend(figure, axes, 3 * len(models), words)
-    caption = scored(
-        "Distance between images and texts at every position, one line per dataset. Bands: 95 % "
-        "interval; dashed and grey: chance, its mean and range over datasets",
-        scores, metrics, intervals=True, more=JOINT, beside=whole)  # fmt: skip
+    points = pd.concat(drawn)
+    bands = bool((points.low < points.high).any())
+    opening = clauses(
+        "Distance between images and texts at every position, one line per dataset",
+        {"Bands: 95 % interval": bands, "Dashed and grey: chance, its mean and range over datasets":
+         bool(points.null.notna().any())},
+    )  # fmt: skip
+    caption = scored(opening, scores, metrics, intervals=bands, more=JOINT, beside=whole)
     return save(figure, out, "fig2_gap", drawn, caption)
 
 
@@ -238,8 +242,8 @@ def fig6_cost(tables: Folders, out: Path) -> list[Path]:
         label, unit = COST_PANELS[key]
         for number, (name, part) in enumerate(costs):
             if key in part.columns:
-                options = {"marker": "o", "markersize": 3.2, **category(number)}
-                ax.plot(part.start, part[key] / unit, label=name, **options)
+                ax.plot(part.start, part[key] / unit, marker="o", markersize=3.2,
+                        label=label_text(name), **category(number))  # fmt: skip
         ax.set_ylabel(label)
         values = pd.concat([part[key] for _, part in costs if key in part.columns])
         if values.max() > 10 * values.min() > 0:  # as between models

@@ -929,6 +929,7 @@ def test_captions_promise_no_mark_that_is_not_drawn(tables: Path, tmp_path: Path
     """Of one seed there is no spread, without a choice no strip."""
     marks = {
         "fig1_dataset_recognition": ["Mean over seeds; bands: ", "Strips: the chosen", "Dashed: c"],
+        "fig2_gap": ["Bands: 95", "Dashed and grey: chance"],
         "fig3_agreement": [", mean over seeds", "Bars beside the axes: the chosen blocks"],
         "fig4_placement_sweep": ["block, mean over datasets and seeds", "Bands: "],
         "fig5_predicted_vs_trained": ["placement, mean over datasets and seeds"],
@@ -941,7 +942,7 @@ def test_captions_promise_no_mark_that_is_not_drawn(tables: Path, tmp_path: Path
     for name in ("validation.csv", "choice.json"):
         shutil.copy(tables / name, tmp_path / "all" / name)
     (tmp_path / "one").mkdir()
-    one = scores[scores.seed < 2].assign(null=float("nan"))
+    one = scores[scores.seed < 2].assign(null=float("nan"), low=float("nan"), high=float("nan"))
     one.to_csv(tmp_path / "one" / "scores.csv", index=False)
     single = cells[(cells.seed == 1) & (cells.dataset == "digits")]
     single.to_csv(tmp_path / "one" / "validation.csv", index=False)
@@ -1301,6 +1302,38 @@ def test_figures_are_one_column_wide_and_legible(
             covered = box.padded(-1)
             assert not covered.overlaps(other), f"{text.get_text()!r} covers {words!r}"
         boxes.append((box.padded(-1), text.get_text()))
+
+
+@pytest.mark.parametrize("name", sorted(paper_figures.FIGURES))
+def test_long_names_many_datasets_and_deep_towers_stay_on_the_page(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models whose names differ at the end alone, 27 datasets, a sweep of 40 blocks."""
+    long = "_a_$model$_of_a_name_of_more_than_sixty_characters_without_a_space"
+    scores, cells = score_rows(long), validation_rows(long)
+    gaps = scores[scores.dataset == "digits"]
+    scores = pd.concat([scores, *(gaps.assign(dataset=f"{long}_{k}") for k in range(25))])
+    first = cells[cells.placement == "v1-4,t1-4"].assign(kind="start")
+    cells = pd.concat([first.assign(placement=f"v{k}-40,t{k}-40") for k in range(1, 40)])
+    if name == "fig5_predicted_vs_trained":
+        cells = validation_rows(long)
+    for weights in ("w", "random"):
+        scores.assign(weights=weights).to_parquet(tmp_path / f"scores_{weights}.parquet")
+        cells.assign(weights=weights).to_csv(tmp_path / f"validation_{weights}.csv", index=False)
+    seen: list[Figure] = []
+    monkeypatch.setattr(paper_figures, "save", lambda figure, *_: seen.append(figure) or [])
+    paper_figures.FIGURES[name](tmp_path, tmp_path)
+    figure = seen[0]
+    figure.draw_without_rendering()
+    boxes = [(one.get_window_extent(), one.get_text()) for one in drawn_texts(figure)]
+    below = any(words.endswith("\n ") for _, words in boxes)  # a line of their own
+    boxes = [one for one in boxes if not (below and one[1] == "random weights")]
+    for number, (box, words) in enumerate(boxes):
+        assert box.x0 > -1 and box.x1 < figure.bbox.width + 1, words
+        for other, covered in boxes[number + 1 :]:
+            assert not box.padded(-1).overlaps(other.padded(-1)), f"{words!r} covers {covered!r}"
+    assert sum("(random)" in words.replace("\n", "") for _, words in boxes) >= 1
+    assert min(ax.get_window_extent().height for ax in figure.axes) / figure.dpi > 0.4
 
 
 @pytest.mark.parametrize("name", ["fig1_dataset_recognition", "fig5_predicted_vs_trained"])
