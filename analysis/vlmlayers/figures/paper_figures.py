@@ -91,6 +91,7 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
         drawn.append(in_panel(points, part, name))
     shared_legend(figure, axes, 4)
     points = pd.concat(drawn)
+    both = scores.tower.nunique() > 1
     marks = {
         "Mean over seeds; bands: ± one standard deviation over seeds": bool(
             (points.seeds > 1).any()
@@ -100,10 +101,11 @@ def fig1_dataset_recognition(tables: Folders, out: Path) -> list[Path]:
             ceiling(part, metric, tower) < 1
             for (_, part), tower in product(models, set(scores.tower))
         ),
-        "Strips: the chosen blocks of each tower": any(choices),
+        f"Strips: the chosen blocks{' of each tower' * both}": any(choices),
         **dict.fromkeys(doubted(doubts), True),
     }
-    opening = clauses(f"{axis_label(metric)} at every position of both towers", marks)
+    towers = "both towers" if both else f"the {scores.tower.iloc[0]} tower"
+    opening = clauses(f"{axis_label(metric)} at every position of {towers}", marks)
     caption = scored(opening, scores, [metric])
     return save(figure, out, "fig1_dataset_recognition", drawn, caption)
 

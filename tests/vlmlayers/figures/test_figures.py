@@ -951,6 +951,10 @@ def test_captions_promise_no_mark_that_is_not_drawn(tables: Path, tmp_path: Path
             paper_figures.FIGURES[name](tmp_path / folder, tmp_path / folder)
             caption = (tmp_path / folder / f"{name}.tex").read_text()
             assert [word in caption for word in words] == [there] * len(words), caption
+    scores[scores.tower == "vision"].to_csv(tmp_path / "scores.csv", index=False)
+    paper_figures.fig1_dataset_recognition(tmp_path, tmp_path)
+    caption = (tmp_path / "fig1_dataset_recognition.tex").read_text()
+    assert "at every position of the vision tower." in caption and "both" not in caption
 
 
 @pytest.mark.parametrize("pooled", [True, False])
