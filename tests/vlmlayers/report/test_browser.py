@@ -179,6 +179,26 @@ def test_long_names_with_one_beginning_stay_apart(tab: Tab, tmp_path: Path) -> N
     assert all(len(name) < len(same) for name in shown)
 
 
+def test_names_without_a_space_stay_in_their_cards_and_cells(tab: Tab, tmp_path: Path) -> None:
+    long = "a_name_of_sixty_characters_" + "x" * 33
+    run = make_run(tmp_path / "run", model=long)
+    scores = read_scores(run.folder)
+    names = {name: f"{long}_{number}" for number, name in enumerate(DATASETS)}
+    write_scores(scores.assign(dataset=scores["dataset"].replace(names)), run.folder)
+    load(tab, write_report(run.folder, formats=("svg",)))
+    captions = "[...document.querySelectorAll('figcaption')]"
+    assert tab.run(f"{captions}.filter(c => c.textContent.includes('{long}')).length") > 3
+    assert tab.run(f"{captions}.filter(c => c.scrollWidth > c.clientWidth + 1).length") == 0
+    # In a legend a key of 22 pixels stands before each name, and one on its right on the same line.
+    gaps = tab.run("""[...document.querySelectorAll('.plot svg')].flatMap(svg => {
+        const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBBox()]);
+        return texts.filter(([name]) => name.startsWith('a_name')).flatMap(([, box]) => texts
+            .filter(([, other]) => Math.abs(other.y - box.y) < 1 && other.x > box.x)
+            .map(([, other]) => other.x - 28 - box.x - box.width));
+    })""")
+    assert gaps and min(gaps) >= 0
+
+
 def test_values_show_on_hover_and_by_keyboard(tab: Tab, pages: dict[str, Path]) -> None:
     load(tab, pages["report"])
     plot = "document.querySelector('figure[data-chart=curves] .plot')"

@@ -189,7 +189,7 @@
       }
       const columns = narrow ? 2 : 4, cell = (right - left) / columns;
       const [lx, ly] = [left + (i % columns) * cell, 12 + Math.floor(i / columns) * 18];
-      const room = Math.floor((cell - 34) / 6.4);
+      const room = Math.floor((cell - 34) / 7.2);
       svg.append(node("line", { x1: lx, x2: lx + 22, y1: ly, y2: ly, stroke: s.colour, "stroke-width": 2, "stroke-dasharray": s.dash || "none" }),
         node("text", { x: lx + 28, y: ly + 4, fill: "#1B1B1F" }, cut(s.name, room)));
     });
