@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmadapters.clip.frozen import Backbone
 from vlmadapters.data.task import Task
 from vlmadapters.methods.base import Method, Step
+from vlmadapters.training.optimization import own_draws
 from vlmlayers.errors import UserError
 from vlmlayers.models.devices import available_memory
 
@@ -56,7 +57,8 @@ def kept_bytes(backbone: Backbone, method: Method, task: Task, images: int, clas
     step = Step(backbone, state, labels, prepared, torch.Generator().manual_seed(0))
     # Autograd saves weights as well, which are in memory whether or not a step runs.
     frozen = {p.untyped_storage().data_ptr() for p in backbone.clip.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    draws = own_draws(method.config.name, 0, backbone.device)
+    with draws, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         method.loss(step)
     return sum(size for place, size in kept.items() if place not in frozen)
 

@@ -271,7 +271,8 @@ class Trainer:
                 while self._steps_done() < self.total_steps:
                     self._one_epoch(shown)
         for run in self.runs:
-            run.method.finish(self._fit_data(run))
+            with own_draws(run.method.config.name, self.seed, self.device):
+                run.method.finish(self._fit_data(run))
             run.method.eval()
         # Views and frozen activations are shared, so that no method has a time of its own.
         share = (time.perf_counter() - self._started) / len(self.runs)
@@ -298,8 +299,11 @@ class Trainer:
             if saves:
                 self._save()
         self._look(shown)
+        # Behind the draws of the last update, and not those of the next one.
+        seed = self._generator(self.train.updates_per_batch).initial_seed()
         for run in self.runs:
-            run.method.end_epoch(self.epoch + 1, self.epochs)
+            with own_draws(run.method.config.name, seed, self.device):
+                run.method.end_epoch(self.epoch + 1, self.epochs)
         waited = time.perf_counter() - self._saved_at >= SAVE_SECONDS
         due = self.step % every == 0 if every else waited
         # A training that is counted in steps may end within an epoch.

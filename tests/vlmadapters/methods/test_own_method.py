@@ -132,6 +132,38 @@ def test_draws_of_torchs_own_generator_follow_the_seed(own: Path) -> None:
     torch.random.set_rng_state(state)
 
 
+def test_what_ends_an_epoch_and_a_training_draws_as_the_seed_says(own: Path) -> None:
+    """Measuring a step draws too: of the caller's generators nothing is taken."""
+    dropped = DROPPED.replace("](out)", "]")
+    code = own.read_text().replace('self.shifts[f"{tower}{block}"]', dropped)
+    own.write_text(
+        code.replace(
+            "    def reads_norm",
+            "        self.register_buffer('drawn', torch.zeros(0))\n"
+            "    def end_epoch(self, epoch, epochs):\n"
+            "        self.drawn = torch.cat([self.drawn, torch.rand(1)])\n"
+            "    def finish(self, data):\n"
+            "        self.drawn = torch.cat([self.drawn, torch.rand(1)])\n"
+            "    def reads_norm",
+        )
+    )
+    config = va.METHODS[f"{own}:Shift"].Config(vision=(2,))
+    train, data = TrainConfig(epochs=2, shots=2), TaskData("faces", shared_backbone(), None)
+    shots, task = data.shots(2, 1, "base"), data.task("base", train.template)
+
+    def drawn(seed: int) -> list[float]:
+        given = shared_backbone(), data.images, shots, task, [config], train, seed
+        (result,) = Trainer(*given, progress=False).fit()
+        return result.method.drawn.tolist()
+
+    first, state = drawn(1), torch.get_rng_state()
+    torch.rand(1)
+    assert drawn(1) == first and len({*first, *drawn(2)}) == 6
+    torch.set_rng_state(state)
+    drawn(3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_step_may_need_several_images_and_counts_only_in_training(own: Path) -> None:
     code = own.read_text().replace(
         "    def reads_norm",
