@@ -85,8 +85,8 @@ class DeepPrompts(Method):
 
     def start_from_words(self, prompts: nn.ParameterDict, backbone: Backbone) -> None:
         """Let the prompts of text block 1, if chosen, start from the words, if any."""
-        if 1 in self.config.text and self.config.words:
-            words = split_words(self.config.words)
+        words = split_words(self.config.words)
+        if 1 in self.config.text and words:
             prompts["1"] = nn.Parameter(word_vectors(backbone, words, len(prompts["1"])))
 
     def vectors(self, tower: str, block: int) -> Tensor:

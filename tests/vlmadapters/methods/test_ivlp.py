@@ -105,6 +105,12 @@ def test_block_1_starts_from_words_and_the_rest_near_zero() -> None:
     assert 0.015 < float(drawn.detach().std()) < 0.025
 
 
+def test_words_of_blanks_alone_are_none() -> None:
+    """They started from end-of-text."""
+    started = [built(IVLPConfig((), (1,), words=words))[0].text["1"] for words in ("", " ", "_")]
+    assert all(torch.equal(one, started[0]) for one in started)
+
+
 @pytest.mark.parametrize(
     ("recipe", "parameters"),
     [("published", 30_720), ("published-text", 24_576), ("published-vision", 73_728)],
