@@ -443,7 +443,7 @@ def load_recipe(
     path = Path(name)
     if path.suffix == ".toml":
         values = _files_beside(path.parent, read_toml(path, "the recipe"))
-        own = METHODS.config(values.pop("method", method)).name
+        own = METHODS.config(str(values.pop("method", method))).name
         if method != DEFAULT_METHOD and METHODS.config(method).name != own:
             raise UserError(f"{path} is a recipe of {own}, not of {method}; name one of the two")
         start = METHODS.config(own).published(depths)
@@ -487,6 +487,14 @@ def _recipe(
 ) -> Recipe:
     """Return a recipe whose method has the settings of `start` where it says nothing else."""
     values = dict(values)
+    datasets = values.get("datasets", {})
+    tables = {name: values.get(name, {}) for name in ("settings", "savings")}
+    tables["datasets"] = datasets
+    if isinstance(datasets, Mapping):
+        tables |= {f"datasets.{key}": one for key, one in datasets.items()}
+    for key, one in tables.items():
+        if not isinstance(one, Mapping):
+            raise UserError(f"{where}: {key} holds keys with values, as a table, not {one!r}")
     base = values.pop("extends", None)
     if base is not None:
         check_one_of(f"recipe of {start.name}", base, shipped, where=where)

@@ -258,6 +258,17 @@ def test_a_wrong_value_of_a_dataset_is_one_line(tmp_path: Path, line: str, messa
     assert "own.toml" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["settings = 3", "savings = true", "datasets = [1]", "datasets = { faces = 3 }", "method = 3"],
+)
+def test_a_value_in_place_of_a_table_is_one_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(line)
+    with pytest.raises(UserError, match="as a table, not|unknown method '3'"):
+        load_recipe(path)
+
+
 def test_what_one_dataset_reads_is_taken_and_inherited_values_may_stand_unread(
     tmp_path: Path,
 ) -> None:
