@@ -82,7 +82,7 @@ def timed_products() -> list[dict[str, Any]]:
     return [asdict(shape) | asdict(timed) | here for shape, timed in _timed.items()]
 
 
-def adopt_products(recorded: Iterable[Mapping[str, Any]]) -> None:
+def adopt_products(recorded: Iterable[Mapping[str, Any]]) -> bool:
     """Take the libraries that another process took on such a processor, and round as it did.
 
     A run that goes on ends with the bytes of one that was never stopped, whichever library would
@@ -90,11 +90,16 @@ def adopt_products(recorded: Iterable[Mapping[str, Any]]) -> None:
 
     Args:
         recorded: What `timed_products` returned there.
+
+    Returns:
+        Whether this process has taken another library for any of them before.
     """
+    before = dict(_timed)
     for one in recorded:
         if one.get("processor") == processor():
             shape = ShapeClass(**{field.name: one[field.name] for field in fields(ShapeClass)})
             _timed[shape] = TimedProduct(one["torch"], one["onednn"], one["library"])
+    return any(_timed[shape].library != own.library for shape, own in before.items())
 
 
 def forget_products() -> None:

@@ -503,7 +503,9 @@ class Trainer:
             state = load_training_state(self.folder, self._identity)
         if state is None:
             return False
-        adopt_products(state.get("products", []))
+        if adopt_products(state.get("products", [])):
+            for run in self.runs:  # which were prepared by products that round otherwise
+                run.classes = self._prepared(run.method)
         self.epoch, self.step, self.spent = state["epoch"], state["step"], state["seconds"]
         for run, saved in zip(self.runs, state["runs"]):
             run.method.load_state_dict(saved["method"])
