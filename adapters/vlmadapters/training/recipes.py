@@ -244,7 +244,8 @@ class Recipe:
         if self.loaded is None:
             return self
         own = load_recipe(*self.loaded, depths).method
-        return replace(self, method=self.method.with_placement(own.vision, own.text))
+        # Not `with_placement`, which drops the pairs of MMA: those asked for stay, or are refused.
+        return replace(self, method=replace(self.method, vision=own.vision, text=own.text))
 
     def with_method(self, method: MethodConfig) -> Recipe:
         """Return the recipe with other settings of its method.

@@ -202,6 +202,18 @@ def test_training_acts_at_the_published_blocks_of_the_backbone(tmp_path: Path) -
     assert (read.label, read.train.lr) == ("v1-3,t1-3", 0.1)
 
 
+def test_pairs_of_a_recipe_stay_on_the_backbone_that_it_is_fitted_to(tmp_path: Path) -> None:
+    """Recipes as values trained MMA without them, those named by their file with them."""
+    path = tmp_path / "own.toml"
+    path.write_text("settings = { pairs = [[9, 10]] }")
+    loaded = va.load_recipe(path)
+    assert loaded.fitted(DEEP).method == va.load_recipe(path, depths=DEEP).method
+    changed = va.load_recipe("published").changed({}, {"pairs": ((9, 10),)})
+    assert changed.fitted(DEEP).method.shared_pairs() == ((9, 10),)
+    with pytest.raises(UserError, match="vision 9, text 10"):
+        changed.fitted({"vision": 4, "text": 4})
+
+
 def test_training_and_settings_follow_the_dataset(recipe: Recipe) -> None:
     assert recipe.train_for("faces").epochs == 7 and recipe.train_for("pets").epochs == 3
     assert recipe.method_for("faces") == KgCoOpConfig(weight=5.0, words="", length=4)
