@@ -1,6 +1,8 @@
 """Several processes under `torchrun`: each takes its share of every batch, gradients are averaged.
 
-The parameters after a step are those of one process with the whole batch.
+The parameters after a step are those of one process with the whole batch, except of methods whose
+steps draw for each image or compare within the batch: dropout, as of CLIP-LoRA, and LwEIB's classes
+are drawn for a process's share.
 """
 
 from __future__ import annotations
