@@ -224,7 +224,7 @@ def _expect_high_bits(image: Image.Image, name: str) -> None:
 
 
 def _to_rgb(image: Image.Image, name: str, negative: bool) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:  # a PNG may name a clear colour
         # A copy outlives the file, which is closed when the context around this ends.
         return image.copy()
     # Pillow's own conversion clips these at 255, which turns most of a 16-bit image white.

@@ -211,7 +211,7 @@ def test_colours_of_sixteen_bits(channels: int) -> None:
             open_image(wide_png(content))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 def test_transparency_lies_over_white(mode: str) -> None:
     image = Image.new("RGBA", (2, 1), (10, 10, 10, 255))
     image.putpixel((1, 0), (10, 10, 10, 0))
@@ -220,6 +220,9 @@ def test_transparency_lies_over_white(mode: str) -> None:
         palette.putpalette([10, 10, 10, 90, 0, 0])
         palette.putpixel((1, 0), 1)
         content = encoded(palette, "PNG", transparency=1)
+    elif mode == "RGB":
+        image.putpixel((1, 0), (90, 0, 0, 255))
+        content = encoded(image.convert("RGB"), "PNG", transparency=(90, 0, 0))
     else:
         content = encoded(image.convert(mode), "PNG")
     pixels = np.asarray(open_image(content))
