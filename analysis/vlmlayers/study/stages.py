@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
+from os.path import isfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -279,13 +280,17 @@ def _mark(file: Path | None) -> str:
 
 
 def _select_inputs(context: StageContext) -> dict[str, Any]:
-    part = context.study.select
+    part, given = context.study.select, context.rule_options
+    # By key, as a run may be moved. Path.is_file fails on texts that no path can be.
+    named = {key: one for key, one in given.items() if isinstance(one, str) and isfile(one)}
+    files = {key: file_mark(Path(one)) for key, one in named.items() if part.rule != "search"}
     return {
         "scores": file_mark(context.run.scores),
         "select": part.model_dump(),
         "seed": context.seed,
         "own_rule": _rule_mark(context.rule),
-        "search": file_mark(Path(context.rule_options["file"])) if part.rule == "search" else "",
+        "search": file_mark(Path(given["file"])) if part.rule == "search" else "",
+        **({"files": files} if files else {}),
         "version": version("vlm-layers"),
     }
 

@@ -123,6 +123,15 @@ def test_the_search_that_is_chosen_by_is_an_input(
         assert ("select search" in changed(before, marks(tmp_path, asked))) is (name == read)
 
 
+def test_a_file_that_a_rule_is_given_is_an_input(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("rule = None\n")
+    (tmp_path / "blocks.json").write_text("[1]")
+    asked = {"select": {"rule": "own.py:rule", "options": {"file": "blocks.json", "word": "x"}}}
+    before = marks(tmp_path, asked)
+    written("blocks.json")(tmp_path)
+    assert changed(before, marks(tmp_path, asked)) == ["select files"]
+
+
 def test_device_and_version_are_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = marks(tmp_path, {}, device="cpu")
     assert changed(before, marks(tmp_path, {}, device="cuda")) == ["extract device"]
