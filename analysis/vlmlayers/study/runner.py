@@ -236,8 +236,7 @@ def _need_earlier(context: StageContext, name: str, picked: Sequence[str]) -> No
         needed |= earlier == "search" and name == "select" and stage.wanted(context)
         if earlier in picked or not needed:
             continue
-        missing = [path for path in stage.outputs(context) if not path.exists()]
-        if missing:
+        if missing := _missing(context, stage):
             raise UserError(
                 f"stage {name!r} needs {missing[0]}, which stage {earlier!r} writes; "
                 f"run with --from {earlier}"
@@ -275,7 +274,13 @@ def _was_stopped(context: StageContext, stage: Stage) -> bool:
     """Whether a stage began, did not finish, and yet all it writes is there, of whatever inputs."""
     ledger = context.ledger()
     stopped = stage.name in ledger.get("unfinished", {}) and stage.name not in ledger
-    return stopped and all(path.exists() for path in stage.outputs(context))
+    return stopped and not _missing(context, stage)
+
+
+def _missing(context: StageContext, stage: Stage) -> list[Path]:
+    """Return what a stage writes and is not there, but for datasets that could not be extracted."""
+    outputs = stage.outputs(context)
+    return [path for path in outputs if not path.exists() and path.name not in context.left_out]
 
 
 def _keep_outdated(context: StageContext, name: str, changed: Sequence[str] | None = None) -> None:

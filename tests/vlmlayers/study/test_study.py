@@ -789,6 +789,8 @@ def test_a_dataset_that_fails_is_left_out_with_a_note(
     assert any("broken is left out: " in line for line in lines)
     assert list(run.read_provenance()["left_out"]) == ["broken-all"]
     scored = pd.read_parquet(run.scores)
+    again = {"start": "score", "skip": ["report"], "progress": False}  # it needs no store of broken
+    run_study(study, tmp_path / "out", base=tmp_path, **again)
     score_run(run.folder, ["effective_rank"], {}, progress=False)  # as the verb alone does
     assert "broken-all is left out, as by its extraction: " in caplog.text
     assert set(pd.read_parquet(run.scores)["dataset"]) == set(scored["dataset"]) - {"*"}
