@@ -136,6 +136,12 @@ def refuse_image_model(name: str) -> None:
             raise UserError(f"{folder} ({kind}) has no text tower; {WANTED}")
 
 
+def is_model_folder(name: str) -> bool:
+    """Return whether a name stands for a folder that holds a model; a run may lie in one of it."""
+    files = (Path(name).expanduser() / file for file in (CONFIG_FILE, FOREIGN_CONFIG))
+    return name not in (LOCAL, *MINIATURES) and any(file.is_file() for file in files)
+
+
 def is_foreign_model(name: str) -> bool:
     """Return whether a name stands for a folder of transformers or timm."""
     folder = Path(name).expanduser()

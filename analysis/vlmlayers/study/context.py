@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.architectures import MINIATURES
+from vlmlayers.architectures import MINIATURES, is_model_folder
 from vlmlayers.errors import UserError
 from vlmlayers.extraction import RecordOptions
 from vlmlayers.features import LayerFeatures
@@ -256,8 +256,8 @@ class StageContext:
         arguments, files = self.model_arguments(), self._model_files()
         name = arguments["name"]
         hub = hub_folder(name.removeprefix(HUB)) if name.startswith(HUB) else None
-        folder = hub or Path(name)
-        inside = folder if self.part.path or hub else None
+        folder = hub or Path(name).expanduser()
+        inside = folder if self.part.path or hub or is_model_folder(name) else None
         # Its files lie in the package; a new version of it has new weights under the same name.
         if name in MINIATURES:
             inside = MINIATURES[name]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmlayers.architectures import is_model_folder
 from vlmlayers.errors import UserError
 from vlmlayers.features.store import changed_data, differing_field
 from vlmlayers.manifests import Manifest
@@ -229,7 +230,7 @@ def recorded_context(run: Run, **options: Any) -> StageContext:
         )
     model = dict(given["model"])
     name = model.pop("name")
-    kind = "path" if Path(name).is_dir() else "name"
+    kind = "path" if is_model_folder(name) else "name"
     adapted = {key: given[key] for key in ("adapter", "method") if key in given}
     names = [_found(run, one, given) for one in given["datasets"]]
     own = ("split", "device", "streaming")  # split stands with each dataset; devices differ

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlmlayers.architectures import MINIATURES
+from vlmlayers.architectures import MINIATURES, architectures, is_model_folder
 from vlmlayers.errors import UserError, check_one_of
 from vlmlayers.options import validated
 from vlmlayers.prompts import EXAMINED
@@ -47,7 +47,9 @@ def study_of(
     """
     if seed and not extraction.items:
         raise UserError("--seed draws items; it needs a number of them (--items)")
-    local = model not in MINIATURES and Path(model).is_dir()
+    # A run of an architecture may lie in a folder of its name.
+    known = model in MINIATURES or model in architectures()
+    local = is_model_folder(model) or (Path(model).is_dir() and not known)
     part = {
         "path" if local else "name": str(Path(model).resolve()) if local else model,
         **weights,

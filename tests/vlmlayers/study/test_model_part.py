@@ -14,7 +14,9 @@ from vlmlayers.errors import UserError
 from vlmlayers.runs import Run
 from vlmlayers.study import StageContext
 from vlmlayers.study.preflight import check_before
-from vlmlayers.study.schema import check_study
+from vlmlayers.study.schema import ExtractPart, check_study
+from vlmlayers.study.scoring import recorded_context
+from vlmlayers.study.verbs import study_of
 
 
 def context_of(tmp_path: Path, **model: Any) -> StageContext:
@@ -52,6 +54,34 @@ def test_a_file_of_weights_that_changed_is_another_model(tmp_path: Path, key: st
         file.write_bytes(content)
         marks.append(context_of(tmp_path, name="mini-clip", **{key: "w.pt"}).model_fingerprint())
     assert marks[0] != marks[1]
+
+
+def test_the_weights_of_a_folder_that_a_study_has_as_name_are_part_of_a_model(
+    tmp_path: Path,
+) -> None:
+    marks = []
+    for content in (b"one", b"two"):
+        (tmp_path / "open_clip_config.json").write_text("{}")
+        (tmp_path / "open_clip_model.safetensors").write_bytes(content)
+        marks.append(context_of(tmp_path, name=str(tmp_path)).model_fingerprint())
+    assert marks[0] != marks[1]
+
+
+@pytest.mark.parametrize("name", ["RN50", "mini-clip"])
+def test_a_run_in_a_folder_called_as_its_model_is_not_taken_for_that(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run(Path(name))
+    (tmp_path / name).mkdir()
+    found = study_of(
+        name, ["digits"], {}, adapter=None, method=None, seed=0, extraction=ExtractPart(items=0)
+    )
+    assert found.models[0].name == name
+    record = {"split": "test", "text": "captions", "present_only": False, "asked": 2}
+    given = {"model": {"name": name}, "datasets": ["digits"]}
+    run.record(given=given, datasets={"digits": record}, extract={}, seed=0)
+    assert recorded_context(run).model_arguments()["name"] == name
 
 
 @pytest.mark.parametrize("name", ["snap", "mini-clip"])
