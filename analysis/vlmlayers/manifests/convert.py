@@ -36,9 +36,10 @@ def write_shards(
 ) -> Path:
     """Write splits of a dataset as webdataset shards and return the manifest written beside them.
 
-    Files are copied byte for byte, so features do not change; drawn images become PNG. Each
-    shard appears when it is complete, the manifest last. A conversion that was stopped goes on
-    with the shards that are missing, and with those whose images were altered since.
+    Files are copied byte for byte, so features do not change; drawn images, and those without the
+    ending of an image, become PNG. Each shard appears when it is complete, the manifest last. A
+    conversion that was stopped goes on with the shards that are missing, and with those whose
+    images were altered since.
 
     Args:
         manifest: The dataset to convert.
@@ -113,7 +114,8 @@ def _samples(
 def _encoded(manifest: Manifest, item: Item, root: Root) -> tuple[bytes, str]:
     """Return an image's bytes as they are stored, or as PNG where there is no file."""
     suffix = suffix_of(item.path)
-    if manifest.layout == "shards" or suffix in IMAGE_SUFFIXES:  # which drawn images have none of
+    # Drawn images have none. Of another, as a shard may have, the new manifest would not know.
+    if suffix in IMAGE_SUFFIXES:
         source, _ = manifest.encoded(item, root)
         if isinstance(source, bytes):
             return source, suffix

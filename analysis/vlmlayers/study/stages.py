@@ -282,8 +282,9 @@ def _mark(file: Path | None) -> str:
 def _select_inputs(context: StageContext) -> dict[str, Any]:
     part, given = context.study.select, context.rule_options
     # By key, as a run may be moved. Path.is_file fails on texts that no path can be.
-    named = {key: one for key, one in given.items() if isinstance(one, str) and isfile(one)}
-    files = {key: file_mark(Path(one)) for key, one in named.items() if part.rule != "search"}
+    texts = {key: one for key, one in given.items() if isinstance(one, str)}
+    named = {key: Path(one) for key, one in texts.items() if isfile(one)}  # noqa: PTH113
+    files = {key: file_mark(one) for key, one in named.items() if part.rule != "search"}
     return {
         "scores": file_mark(context.run.scores),
         "select": part.model_dump(),

@@ -107,6 +107,14 @@ def test_conversion_of_drawn_images(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         np.testing.assert_array_equal(pixels, np.asarray(manifest.open_image(old)))
 
 
+def test_images_of_another_ending_are_converted_to_one_that_is_read(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", [("a.img", png(3)), ("a.cls", b"0")])
+    odd = shards_dataset(tmp_path, 'members = { image = "img" }')
+    shards = Manifest.load(write_shards(odd, "train", tmp_path / "to", progress=False))
+    ((mine,), (theirs,)) = odd.items("train"), shards.items("train")
+    np.testing.assert_array_equal(odd.open_image(mine), shards.open_image(theirs))
+
+
 def test_a_failed_conversion_leaves_no_half_shard(tmp_path: Path) -> None:
     manifest = source(tmp_path / "from")
     (tmp_path / "from/x/6.png").unlink()
