@@ -164,11 +164,14 @@ class Run:
         return f"{searched.get('model')} ({searched.get('weights')}, {theirs[:12]})"
 
     def settle(self, stage: str) -> None:
-        """Forget that a stage of a study was stopped: a verb has done its work since."""
+        """Forget that a stage was stopped or is outdated: a verb has done its work since."""
         ledger = self.read("stages.json")
         if stage in ledger.get("unfinished", {}) and is_first_process():
             del ledger["unfinished"][stage]
             write_json(self.folder / "stages.json", ledger)
+        outdated = self.read_provenance().get("outdated", {})
+        if stage in outdated:  # which the report would say of what the verb made
+            self.record(outdated={key: one for key, one in outdated.items() if key != stage})
 
     def record(self, **parts: Any) -> None:
         """Add to `provenance.json`; of several processes the first one does."""

@@ -101,6 +101,7 @@ def stream_study(
     )
     # What stores there are is of an earlier extraction: a study must not go on from them.
     remember_streamed(context, seconds)
+    context.run.settle("score")
     # Last: sums that are gone before the table is written would have to be made again.
     shutil.rmtree(folder, ignore_errors=True)
     return scored(table, text)

@@ -81,7 +81,7 @@ def test_a_verb_adds_to_a_run_once_no_other_process_writes_it(
 ) -> None:
     """Both would write what they read before the other wrote."""
     run, waiting = Run(tmp_path), Event()
-    write_json(run.provenance, {})
+    write_json(run.provenance, {"outdated": {verb: [], "score": []}})
     write_json(tmp_path / "stages.json", {"unfinished": {verb: 1.0}})
     module, library = f"vlmadapters.cli.{verb}", f"vlmadapters.validation.{verb}.{verb}"
     monkeypatch.setattr(library, lambda *_, **__: SimpleNamespace(void=False))
@@ -99,6 +99,7 @@ def test_a_verb_adds_to_a_run_once_no_other_process_writes_it(
             write_json(tmp_path / "stages.json", {**ledger, "score": {}})
         assert done.result().exit_code == 0, done.result()
     assert run.read("stages.json") == {"unfinished": {}, "score": {}}
+    assert run.read_provenance()["outdated"] == {"score": []}
     assert ("validate" in run.read_provenance()) == (verb == "validate")
 
 

@@ -862,7 +862,10 @@ def test_a_stream_ends_what_an_earlier_extraction_counts_for(
         update={"extract": to_stream.extract.model_copy(update={"items": 20})}
     )
     run_study(fewer, out, **only)
+    stopped = Run(out).read("stages.json") | {"unfinished": {"score": 1.0}}
+    write_json(out / "stages.json", stopped)
     stream_study(to_stream, out, metrics=["effective_rank"], **places)
+    assert not Run(out).read("stages.json").get("unfinished")  # a stream scores as well
     # Of the same datasets by name, and yet not what is in the stores.
     run_study(to_stream, out, only=["score"], echo=lines.append, **places)
     assert "not run again, though changed since: streaming" in "".join(lines).replace("\n", " ")
