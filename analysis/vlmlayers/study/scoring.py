@@ -184,11 +184,11 @@ def _recorded(notes: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     return [one for key, one in notes.get("datasets", {}).items() if one.get("name", key) == name]
 
 
-def _kept(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a study says of a dataset, of what a run recorded of it."""
+def _kept(notes: Mapping[str, Any], tower: str | None) -> dict[str, Any]:
+    """Return what a study of a tower, or both, says of a dataset, of what a run recorded of it."""
     keys = ["split", "text", "present_only"]
-    # Captions have no template, whatever stood in the study for other datasets.
-    keys += ["template"] * (notes["text"] == "prompts")
+    # Captions have no template, nor have images, whatever stood in the study for other datasets.
+    keys += ["template"] * (notes["text"] == "prompts" and tower != "vision")
     # As many as were drawn of this dataset, which may have had a number of its own.
     return {**{key: notes[key] for key in keys}, "items": notes["asked"]}
 
@@ -238,7 +238,7 @@ def recorded_context(run: Run, **options: Any) -> StageContext:
         {
             "models": [{kind: name, **model, **adapted}],
             "datasets": [
-                {"name": one, **_kept(record)}
+                {"name": one, **_kept(record, notes["extract"].get("tower"))}
                 for one in dict.fromkeys(names)
                 for record in _recorded(notes, Manifest.load(one).name)
             ],

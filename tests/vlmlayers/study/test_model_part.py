@@ -84,6 +84,15 @@ def test_a_run_in_a_folder_called_as_its_model_is_not_taken_for_that(
     assert recorded_context(run).model_arguments()["name"] == name
 
 
+def test_a_run_of_images_alone_is_of_a_study_without_templates(tmp_path: Path) -> None:
+    record = {"split": "test", "text": "prompts", "present_only": False, "asked": 2}
+    record["template"] = "a photo of a {}."
+    given = {"model": {"name": "mini-clip"}, "datasets": ["digits"]}
+    run = Run(tmp_path)
+    run.record(given=given, datasets={"digits": record}, extract={"tower": "vision"}, seed=0)
+    assert recorded_context(run).study.extract.tower == "vision"
+
+
 @pytest.mark.parametrize("name", ["snap", "mini-clip"])
 def test_the_weights_of_a_folder_are_part_of_a_model(tmp_path: Path, name: str) -> None:
     """Also of one that is called as a model that ships."""
