@@ -419,6 +419,7 @@ def _report_inputs(context: StageContext) -> dict[str, Any]:
         run.search,
         run.validation,
         run.provenance,
+        run.study,  # which is shown
         *sorted(run.folder.glob("validation*.csv")),
     ]
     return {

@@ -86,6 +86,7 @@ def test_a_key_of_the_study_is_an_input_of_its_stage(
         (written("run/choice.json"), ["report files"]),
         (written("run/search.json"), ["report files"]),
         (written("run/validation.csv"), ["report files"]),
+        (written("run/study.toml"), ["report files"]),
         (written("run/validation-2.csv"), ["report files"]),
         (
             lambda folder: Run(folder / "run").record(left_out={"digits-test": "no image"}),
