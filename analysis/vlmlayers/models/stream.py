@@ -28,7 +28,7 @@ from vlmlayers.identity import DATA, DataIdentity
 from vlmlayers.metrics.moments import ClassMoments, CrossMoments, Moments
 from vlmlayers.models.decoding import batches_of
 from vlmlayers.models.extract import prepare, refuse_hooks
-from vlmlayers.models.modes import on_cpu
+from vlmlayers.models.modes import in_turn, on_cpu
 from vlmlayers.models.options import Dataset, ExtractOptions
 from vlmlayers.models.processes import Processes
 from vlmlayers.models.recording import Features
@@ -77,16 +77,17 @@ def stream(
     check_streamable(given)
     if len(model.towers) < 2:
         raise UserError(BOTH_TOWERS)
-    work, header, identity = prepare(model, manifest, split, given)
-    if "text" not in work.recorders:
-        raise UserError(
-            f"streaming sums both towers, and {work.manifest.name} has no names of classes for the "
-            "text tower; give texts=, or extract the features, and score them"
-        )
-    if out is not None:
-        refuse_hooks(model)
-    run = _Stream(work, header, identity, StreamingScores(sample), save_seconds)
-    return run.whole(None if out is None else Path(out))
+    with in_turn(model.clip):
+        work, header, identity = prepare(model, manifest, split, given)
+        if "text" not in work.recorders:
+            raise UserError(
+                f"streaming sums both towers, and {work.manifest.name} has no names of classes for "
+                "the text tower; give texts=, or extract the features, and score them"
+            )
+        if out is not None:
+            refuse_hooks(model)
+        run = _Stream(work, header, identity, StreamingScores(sample), save_seconds)
+        return run.whole(None if out is None else Path(out))
 
 
 @dataclass
@@ -111,8 +112,10 @@ class _Stream:
         self.prompts = self._class_prompts()
         # A process without a batch of its own still has to take part in the merge.
         self.sums.open(self._chunk([], {}))
-        lock = self._start(folder)
+        lock = self._lock(folder)
         try:
+            if folder is not None:
+                self._start(folder)
             saved = time.monotonic()
             for rows, features, batches in self._chunks():
                 if len(rows):
@@ -141,21 +144,22 @@ class _Stream:
         rows: list[int] = np.flatnonzero(summed(counts, self.processes)).tolist()
         return {row: self.bad.get(row, str(self.work.items[row].path)) for row in rows}
 
-    def _start(self, folder: Path | None) -> Any:
-        """Take up what earlier processes saved: the first one gets their sums, all the batches."""
-        if folder is None:
+    def _lock(self, folder: Path | None) -> Any:
+        """Return the lock of a folder, which the first process holds; None where there is none."""
+        if folder is None or self.processes.rank != 0:
             return None
-        lock = None
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            return take_lock(folder / "lock", folder)
+
+    def _start(self, folder: Path) -> None:
+        """Take up what earlier processes saved: the first one gets their sums, all the batches."""
         if self.processes.rank == 0:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = take_lock(folder / "lock", folder)
             self._compare(folder)
             self._adopt(folder)
         self.processes.barrier()
         self.done = _batches_in(folder / "sums.0.npz")
         self.processes.barrier()  # nobody saves while another still reads
-        return lock
 
     def _compare(self, folder: Path) -> None:
         """Refuse sums of anything else; images may have been repaired that are in none of them.

@@ -622,3 +622,28 @@ def test_threads_that_share_a_model_record_their_own_items():
     for found, expected in zip(together, 2 * [features(name) for name in datasets]):
         np.testing.assert_array_equal(found["vision"][3], expected["vision"][3])
         np.testing.assert_array_equal(found["text"][3], expected["text"][3])
+
+
+def test_threads_that_share_a_model_stream_their_own_items():
+    model, datasets = tiny.model(), ("faces", "signs")
+
+    def sample(name):
+        manifest = tiny.DrawnManifest(name, 48)
+        found = stream(model, manifest, "train", batch_size=2, sample=48, progress=False)
+        return found.datasets[name].sample["vision", "native", "3"]
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(sample, datasets))
+    for found, name in zip(together, datasets):
+        np.testing.assert_array_equal(found, sample(name))
+
+
+def test_a_folder_of_sums_that_was_refused_is_not_locked(tmp_path):
+    def again(sample):
+        stream(MODEL, tiny.DrawnManifest(), "train", out=tmp_path, sample=sample, progress=False)
+
+    again(20)
+    with pytest.raises(UserError, match="sample is 20 there, 21 here") as held:
+        again(21)
+    again(20)
+    del held  # a notebook holds the last error, and with it what was open
