@@ -79,7 +79,7 @@ def extract(
             for the model; all else is prepared as the model wants it.
         split: `train`, `val` or `test`; only a name in tables for data in memory.
         labels: (image,) classes of images in memory: numbers from 0, or names.
-        class_names: Their names by label; what the data say where None.
+        class_names: Their names by label; where None what the data say, of labels of their own.
         texts: Texts as they are: one per class where `text` is `prompts`; for images in memory and
             `captions` one, or several, per image.
         name: Name of data in memory in tables.

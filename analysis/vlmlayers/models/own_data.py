@@ -146,7 +146,7 @@ def own_data(
             of one; torchvision's `ImageFolder`; a `datasets.Dataset` of Hugging Face. Floating
             tensors count as prepared for the model; all else is prepared as the model wants it.
         labels: (image,) classes: numbers from 0, or names.
-        class_names: Names by label; those that the data know where None.
+        class_names: Names by label; where None those that the data know, if the labels are theirs.
         name: Name for tables; what the data call themselves, or "own data".
         captions: (image,) a text, or several, for each image.
         progress: Whether to show a bar while a dataset is read for labels and identity.
@@ -161,7 +161,11 @@ def own_data(
     if untold and held.labels and all(map(_worded, held.labels)):
         captions, held.labels = held.labels, None
     if labels is not None:
+        own = held.labels
         held.labels = list(labels.tolist() if hasattr(labels, "tolist") else labels)
+        worded = all(isinstance(label, str) for label in held.labels)  # which say their names
+        if not (own is None or worded or list(map(str, own)) == list(map(str, held.labels))):
+            held.names = ()  # those are of the data's own labels, such as finer ones
     count = len(held.marks)
     if not count:
         raise UserError("the data hold no images")
@@ -179,7 +183,9 @@ def own_data(
             )
     if class_names is not None and held.labels is None:
         raise UserError("class_names are of labels, and the images have none; give labels as well")
-    names = tuple(class_names or held.names)
+    # A class of several names goes by the first, as torchvision has those of ImageNet in tuples.
+    of_data = (one[0] if isinstance(one, tuple) and one else one for one in held.names)
+    names = tuple(class_names or of_data)
     numbers, names = _numbered(given, names, held.labels is not None)
     named = bool(names)
     names = names or tuple(f"class {i}" for i in range(max(numbers) + 1))

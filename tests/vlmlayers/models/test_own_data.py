@@ -676,3 +676,24 @@ def test_captions_are_saved_with_their_pairs(tmp_path):
     found = vl.extract(MODEL, list(PIXELS), texts=told, text="captions", **QUIET)
     saved = vl.LayerFeatures.load(found.save(tmp_path / "store"))
     assert saved.text.pairs.tolist() == list(range(9)) and saved.text.ids == tuple(told)
+
+
+def test_names_of_the_datas_own_labels_are_not_given_to_others(caplog):
+    """As to the coarse labels of CIFAR-100, whose names are of the fine ones."""
+    coarse = [label // 2 for label in LABELS]
+    for data in (Named(), table()):
+        assert own_data(data, labels=LABELS).names == NAMES
+        assert own_data(data, labels=[NAMES[label] for label in LABELS]).names == NAMES
+        found = vl.extract(MODEL, data, labels=coarse, **QUIET)
+        assert found.class_names == ("class 0", "class 1") and found.text is None
+        assert "no text features; give class_names=" in caplog.text
+        assert own_data(data, coarse, ("insect", "mammal")).names == ("insect", "mammal")
+
+
+def test_a_class_of_several_names_goes_by_the_first():
+    """As those of torchvision's ImageNet and Imagenette."""
+    data = Named()
+    data.classes = [("ant", "pismire"), ("bee",), ("cat", "true cat")]
+    found = vl.extract(MODEL, data, **QUIET)
+    assert found.class_names == NAMES
+    assert found.text.ids[0] == vl.extract(MODEL, Named(), **QUIET).text.ids[0]
