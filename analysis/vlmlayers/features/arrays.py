@@ -54,7 +54,7 @@ class TowerFeatures:
         pairs: (item,) for captions, the row of the image each one describes; else None.
         joint_pooling: Pooling in `joint` space where it differs: `model` for attention pools.
         tokens: Names of the tokens (`cls`, `register 1`, `patch 2,3`, `token 4`) where pooling is
-            `tokens`: arrays are (item, token, width) then, NaN where a text has ended.
+            `tokens`: arrays are (item, token, width) then, NaN behind the end of an item.
     """
 
     tower: str

@@ -140,7 +140,7 @@ class Recorder:
             `attention_entropy`, `attention_distance`: (item, head) in each block; see `attention`.
         pooling: Pooling of tokens. None or `model` for the tower's own: where that is an attention
             pool, `joint` goes through it, and `native`, which it was not trained on, is averaged.
-            `tokens` keeps every token by itself, (item, token, width), NaN where a text has ended;
+            `tokens` keeps every token by itself, (item, token, width), NaN behind the end of an item;
             final norm and projection are applied to each, and `proj` is no token's.
 
     Raises:
@@ -353,20 +353,21 @@ class Recorder:
             {name: of(weights, seen, self.tower, counted) for name, of in self._measures.items()}
         )
 
-    def _counted(self, tokens: int) -> Tensor | None:
+    def _counted(self, tokens: int, batch: Tensor | None = None) -> Tensor | None:
         """Return which tokens an item has, (item, token); all of them where None."""
-        if self.tower.valid is None or self._ids is None:
+        batch = self._ids if batch is None else batch
+        if self.tower.valid is None or batch is None:
             return None
-        mask = self.tower.valid(self._ids)
+        mask = self.tower.valid(batch)
         return torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=True)
 
-    def without_padding(self, features: Features) -> Features:
-        """Return the features of the last batch with NaN for tokens that an item does not have."""
+    def without_padding(self, features: Features, batch: Tensor | None = None) -> Features:
+        """Return the features of a batch, the last one where None, with NaN for what pads items."""
         if self.pooling != TOKENS:
             return features
         for space in set(features) - set(ATTENTION):
             for values in features[space].values():
-                counted = self._counted(values.shape[1])
+                counted = self._counted(values.shape[1], batch)
                 if counted is not None:
                     values[~counted.cpu().numpy()] = np.nan
         return features

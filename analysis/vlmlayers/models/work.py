@@ -178,10 +178,16 @@ class Work:
         recorder = self.recorders["vision"]
 
         def put(
-            batch: int, rows: Sequence[int], made: Callable[[], Features], bad: Mapping[int, str]
+            batch: int,
+            rows: Sequence[int],
+            images: Tensor | None,
+            made: Callable[[], Features],
+            bad: Mapping[int, str],
         ) -> int:
             features = made()
             refuse_not_finite(features, rows, recorder, self.items)
+            # By its own images: the recorder may hold the next batch by now.
+            features = recorder.without_padding(features, images)
             sink.put("vision", batch, rows, features, bad)
             return len(batches[batch])
 
@@ -206,7 +212,7 @@ class Work:
                 )
                 if pending is not None:
                     shown.update(pending.result())
-                pending = writer.submit(put, batch, rows, made, bad)
+                pending = writer.submit(put, batch, rows, images, made, bad)
             if pending is not None:
                 shown.update(pending.result())
 

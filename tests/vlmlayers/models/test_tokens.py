@@ -7,10 +7,11 @@ import pytest
 import tiny
 import torch
 import transformers_models
+from PIL import Image
 
 from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
-from vlmlayers.models import Recorder, extract, find_towers, work
+from vlmlayers.models import Recorder, extract, find_towers, work, wrap_model
 from vlmlayers.models.load import build_clip
 from vlmlayers.scores import score
 from vlmlayers.scores.projection import nearest, project
@@ -95,6 +96,18 @@ def test_packed_images_have_nan_where_they_have_no_patch():
     packed = pack(transformers_models.patches())
     found = _tokens(find_towers(model)["vision"], packed)["native"]["2"]
     assert list(np.isfinite(found[..., 0]).sum(1)) == [16, 10, 9]
+
+
+def test_extraction_keeps_no_tokens_that_pad_images():
+    """In batches of one, of which the next is under way while the last is written."""
+    siglip = transformers_models.build("Siglip2")
+    model = wrap_model(siglip, tokenizer=tiny.tokenizer, random_weights=True)
+    images = [Image.new("RGB", (64, height), "red") for height in (20, 64, 100)]
+    there = [model.towers["vision"].valid(model.preprocess(one)[None])[0] for one in images]
+    options = {"pooling": "tokens", "tower": "vision", "batch_size": 1, "progress": False}
+    for values in extract(model, images, **options).vision.arrays["native"].values():
+        np.testing.assert_array_equal(np.isfinite(values[..., 0]), torch.stack(there))
+    assert [int(one.sum()) for one in there][1] == 16 > int(there[0].sum())
 
 
 def test_extraction_names_tokens_and_its_store_keeps_them(tmp_path):
