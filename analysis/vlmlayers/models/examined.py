@@ -78,7 +78,7 @@ class Inputs:
 
         Images are averaged token by token, without patches that pad them. Texts differ in length:
         their end-of-text tokens are averaged with each other, all tokens before with each other,
-        and so are those that pad.
+        and so are those that pad, and class tokens.
         """
         side = self.model.towers[tower]
         sums: dict[int, Tensor] = {}
@@ -115,7 +115,9 @@ class Inputs:
         place, ends = torch.arange(count, device=batch.device), side.ends(batch)[:, None]
         # How much pads a text depends on the longest one, and must not enter the mean of words.
         kind = (place >= ends).long() + (place > ends).long()
-        return nn.functional.one_hot(kind, 3).float()
+        kind[:, : side.prefix] = 3
+        kind[:, count - side.suffix :] = 3  # behind what pads, and is what such a tower gives out
+        return nn.functional.one_hot(kind, 4).float()
 
 
 def _back(tower: Tower, tokens: Tensor) -> Tensor:

@@ -186,6 +186,17 @@ def test_what_a_block_adds_is_averaged_over_all_batches() -> None:
             assert (tower.tokens(first[block][0]) - expected[:1]).abs().max() > 1e-3
 
 
+def test_class_tokens_of_texts_are_averaged_with_each_other() -> None:
+    """CoCa's stands behind what pads a text, and is what the tower gives out."""
+    model, ids = tiny.model("coca"), tiny.token_ids()
+    tower, seen = model.towers["text"], dict[str, torch.Tensor]()
+    with torch.inference_mode(), block_outputs(tower, seen.__setitem__):
+        tower.run(ids)
+    added = (seen["2"] - seen["1"])[:, -1]
+    mean = Inputs(model, "", np.arange(len(ids)), {"text": [ids]}).mean_added("text")[2][0]
+    torch.testing.assert_close(mean[:, -1], added.mean(0).expand(len(ids), -1))
+
+
 def test_what_pads_texts_enters_no_mean() -> None:
     """Texts are cut behind the longest; uncut ones have more padding, and the same meaning."""
     changes = []
