@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,3 +119,10 @@ class DataIdentity:
 def short_digest(text: str) -> str:
     """Return sixteen hexadecimal digits of a text's SHA-256."""
     return checksum(text)[:16]
+
+
+def texts_hash(texts: Sequence[str]) -> str:
+    """Return the hash of texts in their order."""
+    # Lines as such only where no text has several, which would be those of other texts.
+    several = any("\n" in text for text in texts)
+    return checksum(json.dumps(texts) if several else "\n".join(texts))

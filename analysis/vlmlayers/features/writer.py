@@ -32,7 +32,7 @@ from vlmlayers.features.store import (
     write_record,
 )
 from vlmlayers.files import DRAFTS, file_checksum, take_lock, write_text, writing
-from vlmlayers.identity import DATA, DataIdentity
+from vlmlayers.identity import DATA, DataIdentity, short_digest, texts_hash
 from vlmlayers.words import counted
 
 Arrays = Mapping[str, Mapping[str, NDArray[np.floating]]]
@@ -357,6 +357,9 @@ def write_features(folder: Path, features: LayerFeatures) -> None:
     # Some of the images that were extracted, or in another order: no extraction finds them for it.
     if features.vision and identity.get("items_hash", data.listed) != data.listed:
         identity["rows"] = data.listed
+    elif _lacks_some(features):
+        parts = [(tower.tower, tower.spaces, tower.ids) for tower in features.towers]
+        identity["part"] = short_digest(json.dumps(parts))
     if FeatureStore.exists(folder):
         there = FeatureStore.open(folder)
         refuse_other_identity(folder, there.identity, identity, data)
@@ -375,6 +378,18 @@ def write_features(folder: Path, features: LayerFeatures) -> None:
         writer.finish()
     finally:
         writer.close()
+
+
+def _lacks_some(features: LayerFeatures) -> bool:
+    """Whether a tower, a space or a text of the extraction is not among its features any more."""
+    identity, text = features.identity, features.text
+    towers = {tower.tower for tower in features.towers}
+    spaces = {space for tower in features.towers for space in tower.spaces}
+    return (
+        set(identity.get("pooling", towers)) != towers
+        or set(identity.get("spaces", spaces)) != spaces
+        or (text is not None and identity.get("texts_hash", "") not in ("", texts_hash(text.ids)))
+    )
 
 
 def _header(features: LayerFeatures) -> dict[str, Any]:

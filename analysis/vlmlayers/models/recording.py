@@ -140,7 +140,7 @@ class Recorder:
             `attention_entropy`, `attention_distance`: (item, head) in each block; see `attention`.
         pooling: Pooling of tokens. None or `model` for the tower's own: where that is an attention
             pool, `joint` goes through it, and `native`, which it was not trained on, is averaged.
-            `tokens` keeps every token by itself, (item, token, width), NaN behind an item's last one;
+            `tokens` keeps every token by itself, (item, token, width), NaN behind those of an item;
             final norm and projection are applied to each, and `proj` is no token's.
 
     Raises:

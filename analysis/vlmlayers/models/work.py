@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from vlmlayers.errors import UserError
 from vlmlayers.features import LayerFeatures
 from vlmlayers.features.writer import Shapes, StoreWriter, TowerPlan, reuse
 from vlmlayers.files import checksum
-from vlmlayers.identity import DataIdentity
+from vlmlayers.identity import DataIdentity, texts_hash
 from vlmlayers.models.decoding import batches_of, decode, decoding_processes
 from vlmlayers.models.devices import casts_kept, memory_errors, products_in
 from vlmlayers.models.options import ExtractOptions
@@ -52,9 +51,7 @@ class Texts:
 
     def identity(self) -> dict[str, Any]:
         """Return all of the texts that values depend on, as JSON values."""
-        # Lines as such only where no text has several, which would be those of other texts.
-        several = any("\n" in text for text in self.texts)
-        content = checksum(json.dumps(self.texts) if several else "\n".join(self.texts))
+        content = texts_hash(self.texts)
         found = {"text": self.kind, "template": self.template, "texts_hash": content}
         if self.pairs is not None:  # the same captions may be of other images
             found["pairs_hash"] = checksum(",".join(map(str, self.pairs.tolist())))

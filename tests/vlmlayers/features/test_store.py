@@ -796,3 +796,22 @@ def test_twenty_kills_at_random_moments_lose_nothing(single, tmp_path):
     code, output = finish(start(tmp_path / "s"))
     assert code == 0, output
     assert content(tmp_path / "s") == content(single)
+
+
+@pytest.mark.parametrize("part", ["tower", "space", "texts"])
+def test_a_saved_part_of_an_extraction_does_not_pass_for_the_whole(part, tmp_path):
+    whole = run(tmp_path / "whole")
+    native = {
+        tower.tower: replace(tower, arrays={"native": tower.arrays["native"]})
+        for tower in whole.towers
+    }
+    less = {
+        "tower": replace(whole, vision=None),
+        "space": replace(whole, **native),
+        "texts": replace(whole, text=whole.text.take([0, 2])),
+    }[part]
+    less.save(tmp_path / "part")
+    assert less.save(tmp_path / "part"), "the same again"
+    with pytest.raises(UserError, match="belongs to another extraction: part is"):
+        run(tmp_path / "part")
+    assert whole.save(tmp_path / "copy") and len(run(tmp_path / "copy").text) == len(whole.text)
