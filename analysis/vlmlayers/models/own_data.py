@@ -403,6 +403,7 @@ def _hugging_face(data: Any) -> _Held:
         _tell_random(lambda row: data[row][image], first)
     plain = data.with_format(None)  # a transform would run on every image for its label alone
     names = getattr(data.features[label], "names", ()) if label else ()
+    told: Sequence[Any] = plain[captions] if captions else ()
     return _Held(
         partial(_of_table, data, image),
         # A fingerprint of content and transforms, which spares reading all images.
@@ -410,7 +411,8 @@ def _hugging_face(data: Any) -> _Held:
         list(plain[label]) if label else None,
         names,
         str(getattr(data.info, "dataset_name", "") or ""),
-        _all_texts(plain[captions]) if captions else None,
+        # Under these names may be numbers of tokens as well; some images may have none.
+        _all_texts(one or () for one in told) if any(map(_worded, told)) else None,
         unread=[key for key in kinds if key not in (image, label, captions)],
     )
 

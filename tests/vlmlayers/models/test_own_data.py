@@ -697,3 +697,11 @@ def test_a_class_of_several_names_goes_by_the_first():
     found = vl.extract(MODEL, data, **QUIET)
     assert found.class_names == NAMES
     assert found.text.ids[0] == vl.extract(MODEL, Named(), **QUIET).text.ids[0]
+
+
+def test_a_column_of_captions_may_have_gaps_or_hold_tokens():
+    given = [None, *(f"an insect {row}" for row in range(1, 9))]
+    found = own_data(table().add_column("caption", given))
+    assert [item.captions for item in found.listed[:2]] == [(), ("an insect 1",)]
+    tokens = own_data(table().add_column("text", [[row, 1] for row in range(9)]))
+    assert tokens.names == NAMES and not any(item.captions for item in tokens.listed)
