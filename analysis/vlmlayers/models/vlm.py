@@ -231,6 +231,10 @@ def structure_of(module: nn.Module) -> dict[str, list[str]]:
             told["end"] = own.get("eos_id", own.get("text_eos_id"))
         if "text_pool_type" in own and getattr(part, "attn_mask", 0) is None:  # of a plain CLIP
             told["causal"] = False
+        if "pool_type" in own and hasattr(part, "attn_mask"):  # of a text tower of its own
+            causal = part.attn_mask is not None
+            if causal == (own["pool_type"] == "last"):  # where SigLIP, which sees all, ends
+                told["causal"] = causal
         bare = not (any(True for _ in part.children()) or any(True for _ in part.parameters()))
         if bare and name not in _IDLE and not isinstance(part, _CONTAINERS):
             told["without weights"] = name

@@ -277,6 +277,15 @@ def test_equal_weights_that_compute_otherwise_are_told_apart(change, what, store
         run(store, model=other)
 
 
+def test_a_text_tower_of_its_own_that_sees_what_follows_is_told_apart(tmp_path):
+    model, other = tiny.model("custom text"), tiny.model("custom text")
+    run(tmp_path / "store", model=model)
+    other.clip.text.attn_mask = None
+    assert other.weights_hash == model.weights_hash
+    with pytest.raises(UserError, match="structure.text causal is absent there, .*False.* here"):
+        run(tmp_path / "store", model=other)
+
+
 def test_other_preprocessing_is_told_apart(store):
     other = tiny.model()
     other.preprocess_config = {"mean": 0.4}
