@@ -227,9 +227,11 @@ class Work:
     def tokens(self, texts: list[str]) -> Tensor:
         """Return the token ids of texts, (text, context), and count those that fill it."""
         ids = self.model.tokenize(texts)
-        valid = self.recorders["text"].tower.valid
-        if valid is not None:
-            self.filled += int(valid(ids).all(1).sum())
+        tower = self.recorders["text"].tower
+        if tower.valid is not None:
+            # By the run that pads, a text that fills its columns is one short: its end mark pads.
+            there = tower.valid(ids) if tower.ends is not None else tower.valid(ids)[:, :-1]
+            self.filled += int(there.all(1).sum())
             self.context = ids.shape[1]
         return ids
 

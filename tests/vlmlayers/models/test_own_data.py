@@ -705,3 +705,20 @@ def test_a_column_of_captions_may_have_gaps_or_hold_tokens():
     assert [item.captions for item in found.listed[:2]] == [(), ("an insect 1",)]
     tokens = own_data(table().add_column("text", [[row, 1] for row in range(9)]))
     assert tokens.names == NAMES and not any(item.captions for item in tokens.listed)
+
+
+def test_texts_that_are_cut_are_told_where_the_end_mark_pads(caplog):
+    """As SigLIP's tokenizer pads; of 10 letters and 11, the latter leave no room for padding."""
+    model = tiny.model("clipa")
+
+    def tokens(several):
+        ids = torch.full((len(several), 12), 63)
+        for row, text in enumerate(several):
+            letters = [3 + ord(letter) % 57 for letter in text[:11]]
+            ids[row, : len(letters)] = torch.tensor(letters)
+        return ids
+
+    model.tokenizer = tokens
+    data = tiny.DrawnManifest(count=6, names=("cat", "x" * 30, "y" * 10), template="{}")
+    vl.extract(model, data, "train", **QUIET)
+    assert "1 text fills all 12 tokens" in caplog.text
