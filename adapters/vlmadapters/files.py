@@ -336,7 +336,10 @@ def _official_states(
         for key, value in state.items()
         if isinstance(key, str) and isinstance(value, Tensor)
     }
-    for key, value in state.items():  # a small file may claim a view larger than memory
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_meta:
+            raise UserError(f"{path} holds no plain numbers in {key[:80]!r}, as no method does")
+        # A small file may claim a view larger than memory.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path} holds less data than the shape of {key[:80]!r} asks for")
     own = {key: value for key, value in state.items() if kind.is_official_key(key)}

@@ -238,6 +238,8 @@ def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
     for content, message in (
         ([torch.zeros(1)], "holds a list"),
         ({"state_dict": [torch.zeros(1)]}, "its state_dict is not a dictionary"),
+        ({"state_dict": {"weight": torch.eye(2).to_sparse()}}, "no plain numbers in 'weight'"),
+        ({"state_dict": {"weight": torch.ones(2, device="meta")}}, "no plain numbers in 'weight'"),
         ({"state_dict": {"weight": huge}}, "holds less data than the shape of 'weight' asks for"),
     ):
         torch.save(content, path)

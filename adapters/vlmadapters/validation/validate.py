@@ -81,7 +81,8 @@ def validate(
 
     Raises:
         UserError: No dataset or seed is given, a name is unknown, a dataset has one class, or
-            the choice does not fit the model, or the scores predict nothing.
+            the choice does not fit the model, no placement is of the reference's kind, or the
+            scores predict nothing.
     """
     asked = validated(ValidateOptions, options, "validate")
     (made,) = recipes_for(model, [method], () if recipe is None else [recipe])
@@ -209,4 +210,10 @@ def _competitors(
     # The verdict compares with the reference, so it is trained even where it is not asked for.
     wanted = dict.fromkeys([asked.reference, *asked.kinds])
     count = asked.random_count
-    return competitors(chosen, depths, wanted, method=method, random_count=count, seed=seed)
+    found = competitors(chosen, depths, wanted, method=method, random_count=count, seed=seed)
+    if not any(asked.reference in one.kind.split("+") for one in found):
+        raise UserError(
+            f"the verdict compares with the kind {asked.reference}, of which {method.title} has no "
+            f"placement beside the choice ({chosen}); name another reference (--reference)"
+        )
+    return found

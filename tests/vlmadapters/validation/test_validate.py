@@ -550,6 +550,8 @@ def test_wrong_stage_options_are_named(
         ({"kinds": []}, "kinds is ..; a list of at least 1 is needed"),
         ({"kinds": ["alll"]}, "unknown kind of placement 'alll'"),
         ({"reference": "papr"}, "unknown reference 'papr'"),
+        ({"reference": "random", "random_count": 0}, "of which MMA has no placement beside the c"),
+        ({"reference": "text", "choice": "v2-3"}, "of which MMA has no placement beside the c"),
         ({"choice": LayerChoice((), (), "explicit")}, "adapts no block in either tower"),
         ({"choice": LayerChoice((9,), (), "explicit")}, "vision block 9, but the vision tower has"),
     ],
