@@ -102,10 +102,19 @@ def _recipes(base: Path, part: TrainPart, model: Any = "") -> list[Any]:
     return read_recipes(names, files_beside(base, part.set), _methods(base, part), model)
 
 
+def _sources(context: Any, part: TrainPart) -> list[Manifest]:
+    """Return what a table trains on: of the study's own datasets those that were extracted."""
+    return [load(context, name) for name in part.datasets] or list(context.extracted_manifests)
+
+
+def _targets(context: Any, part: TrainPart) -> list[Manifest]:
+    return [load(context, name) for name in part.targets]
+
+
 def _tested(context: Any, part: TrainPart) -> list[Manifest]:
-    """Return what a table tests on: what it trains on, and its targets."""
+    """Return what a table may test on, also where an earlier run left some of it out."""
     own = [load(context, name) for name in part.datasets] or context.manifests
-    return [*own, *(load(context, name) for name in part.targets)]
+    return [*own, *_targets(context, part)]
 
 
 def _refuse_other_images(context: Any, found: Sequence[TrainPart]) -> None:
@@ -134,13 +143,16 @@ class TrainStage:
     def check(self, context: Any) -> None:
         """Check the tables and their datasets before the study's first stage."""
         found = parts(context.study.train, context.base)
-        check_classes(context, self.datasets(context))
+        named = [one for part in found for one in _tested(context, part)]
+        check_classes(context, distinct(named, context.data_root))
         _refuse_other_images(context, found)
 
     def datasets(self, context: Any) -> list[Manifest]:
         """Return what the tables train and test on; the stage is run again where one changed."""
         found = parts(context.study.train, context.base)
-        named = [one for part in found for one in _tested(context, part)]
+        named = [
+            one for part in found for one in (*_sources(context, part), *_targets(context, part))
+        ]
         return distinct(named, context.data_root)
 
     def files(self, context: Any) -> list[Path]:
@@ -191,9 +203,8 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
 
     recipes = _recipes(context.base, part, model)
     choice = context.run.choice if any(map(is_choice, part.placements)) else None
-    own = [load(context, name) for name in part.datasets]
-    sources = own or context.extracted_manifests
-    tell_of_choice(choice, model, _tested(context, part))
+    sources, targets = _sources(context, part), _targets(context, part)
+    tell_of_choice(choice, model, [*sources, *targets])
     context.doing(f"train    {part.protocol} on {', '.join(one.name for one in sources)}")
     return library(
         model,
@@ -201,7 +212,7 @@ def _run(context: Any, model: Any, part: TrainPart, number: int) -> Any:
         recipes,
         context.run.folder / "training" / f"{number}-{part.protocol}",
         configs=read_placements(recipes, part.placements, choice),
-        targets=[load(context, name) for name in part.targets],
+        targets=targets,
         root=context.data_root,
         save_adapters=True,
         progress=context.progress,

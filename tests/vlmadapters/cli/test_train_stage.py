@@ -262,6 +262,26 @@ def test_training_at_the_choice_is_done_again_after_another(
     assert (found[0] != found[1]) is depends
 
 
+@pytest.mark.parametrize("stage", ["train", "search"])
+def test_what_was_not_trained_on_is_taken_in_once_it_is_extracted(
+    stage: str, tmp_path: Path
+) -> None:
+    """By other options of its extraction: the images are as they were."""
+    study = check_study(
+        {
+            "models": [{"name": "mini-clip"}],
+            "datasets": ["shapes_filled", {"name": "digits", "split": "test"}],
+            stage: [{}] if stage == "train" else {},
+        }
+    )
+    context = StageContext(Run(tmp_path), study, study.models[0], tmp_path)
+    found = []
+    for left_out in ({"digits-test": "no image"}, {}):
+        context.run.record(left_out=left_out)
+        found.append(STAGES[stage].inputs(context)["data"].keys())
+    assert found == [{"shapes_filled"}, {"shapes_filled", "digits"}]
+
+
 def test_another_template_of_a_dataset_is_tested_with_again(tmp_path: Path) -> None:
     """Zero-shot rows have it, and some methods read it; the images are the same."""
     for number, colour in enumerate(["red", "green", "blue"] * 4):
