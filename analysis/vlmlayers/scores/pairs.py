@@ -118,7 +118,10 @@ def pairings(scoring: Scoring, name: str, space: str) -> list[Pairing]:
             kind = "first_captions" if captions else "items"
             found.append(Pairing(dataset, kind, space, (sides[tower], sides[tower])))
         if len(sides) == 2:
-            found += _across(dataset, members, share, space, scoring.options)
+            try:
+                found += _across(dataset, members, share, space, scoring.options)
+            except UserError as error:
+                scoring.out.refuse(name, dataset, "", "", str(error))
     return found
 
 
@@ -186,11 +189,17 @@ def _side(
 def _across(
     dataset: str, members: list[LayerFeatures], share: int, space: str, options: ScoreOptions
 ) -> list[Pairing]:
-    """Return the pairing of vision with text: by captions where all have them, else by class."""
+    """Return the pairing of vision with text: by captions where all have them, else by class.
+
+    Raises:
+        UserError: Of several datasets one has prompts, which alone is not all of them.
+    """
     captions = all(m.text is not None and m.text.pairs is not None for m in members)
     # Rows of the two kinds cannot be pooled: where some have captions only prompts are kept.
     if not captions and any(m.text is not None and m.text.pairs is not None for m in members):
         members = [m for m in members if m.text is not None and m.text.pairs is None]
+        if len(members) < 2:
+            raise UserError("one dataset has prompts and the others captions, which do not pool")
     both = []
     for tower, other in (TOWERS, TOWERS[::-1]):
         rows = [_aligned(m, m.tower(tower), m.tower(other), share) for m in members]

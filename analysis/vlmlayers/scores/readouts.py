@@ -176,10 +176,11 @@ def dataset_split(sources: list[Source], options: ScoreOptions, seed: int) -> Sp
             groups.append(together)
             texts.append((name, spelled(features.ids[row])))
             order.append(name)
-    fewest = min(len({g for s, g in zip(strata, groups) if s == i}) for i in range(len(sources)))
+    counts = [len({g for s, g in zip(strata, groups) if s == i}) for i in range(len(sources))]
+    fewest = min(counts)
     folds = min(options.folds, fewest)
     if folds < 3:
-        small = min(sources, key=lambda source: len(source[1]))[0].dataset
+        small = sources[counts.index(fewest)][0].dataset
         raise UserError(f"{small} has {fewest} independent items; at least 3 are needed to split")
     fold = deal(strata, groups, order, folds, rng)
     labels = np.asarray(strata, dtype=np.int64)
@@ -350,7 +351,8 @@ def held_out_predictions(
         A place, and (item,) for each split: the predicted class, -1 of items that no turn held out.
     """
     points = list(points)
-    fits = sum(len(split.labels) * len(split.held) for split in splits)
+    # At least 1: without items each place is refused below.
+    fits = max(1, sum(len(split.labels) * len(split.held) for split in splits))
     while points:
         together = (
             # As many places as keep the products of all their regressions small.

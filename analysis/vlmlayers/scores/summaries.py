@@ -156,7 +156,8 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
 def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the pooled rows, or the mean of value, interval and null over datasets.
 
-    A position where a dataset has no value, beside others where it has one, is warned of.
+    A position where a dataset has no value, beside others where it has one, is warned of. There is
+    no interval where a dataset has a value without one.
     """
     pooled = frame[frame["dataset"] == POOLED]
     if len(pooled) or frame["dataset"].nunique() <= 1:
@@ -173,7 +174,13 @@ def over_datasets(frame: pd.DataFrame) -> pd.DataFrame:
                 there.columns[column],
             )
     keys = ["metric", "tower", "position", "order", "depth"]
-    means = frame.groupby(keys, sort=False)[["value", "low", "high", "null"]].mean().reset_index()
+    groups = frame.assign(
+        _bare=frame["value"].notna() & frame[["low", "high"]].isna().any(axis=1)
+    ).groupby(keys, sort=False)
+    means = groups[["value", "low", "high", "null"]].mean()
+    # A mean of the other datasets' intervals would lie about another value.
+    means.loc[groups["_bare"].any(), ["low", "high"]] = np.nan
+    means = means.reset_index()
     towers = means["tower"].map(TOWERS.index)
     return means.assign(_tower=towers).sort_values(["_tower", "order"]).drop(columns="_tower")
 
@@ -240,8 +247,11 @@ def agreement_rows(
 ) -> pd.DataFrame:
     """Return the rows that `agreement` is of, for what is said of them."""
     pairs = scores[scores["other_position"].astype(str) != ""]
-    rows = Reading(dataset=dataset).rows(pairs, metric, tower)
-    return rows[rows["other_tower"] == other_tower]
+    rows = Reading(dataset=dataset).of_all_datasets(pairs, metric, tower)
+    rows = rows[rows["other_tower"] == other_tower]
+    # Of these towers: those of another pair may be pooled where these are not.
+    pooled = rows["dataset"] == POOLED
+    return rows[pooled] if dataset is None and pooled.any() else rows
 
 
 def metrics_by_shape(scores: pd.DataFrame) -> dict[str, list[str]]:

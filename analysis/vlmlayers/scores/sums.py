@@ -131,12 +131,16 @@ class DatasetSums:
         """Return a head for each extraction that the items are of."""
         return [self.head, *(replace(self.head, identity=one) for one in self.others)]
 
-    def merge(self, other: DatasetSums) -> DatasetSums:
-        """Return what one pass over both would have kept."""
-        merged = replace(
+    def copy(self) -> DatasetSums:
+        """Return the same, which takes in rows of its own."""
+        return replace(
             self, sample=dict(self.sample), moments=dict(self.moments),
             classes=dict(self.classes), cross=dict(self.cross), others=list(self.others),
         )  # fmt: skip
+
+    def merge(self, other: DatasetSums) -> DatasetSums:
+        """Return what one pass over both would have kept."""
+        merged = self.copy()
         merged.know(one.identity for one in other.sources())
         for mine, theirs in (
             (merged.moments, other.moments), (merged.classes, other.classes),
@@ -214,9 +218,11 @@ class StreamingScores:
             raise UserError(f"{chunk.dataset}: streaming counts images; no vision features came")
         rows = _rows(chunk)
         self._expect_alike(chunk, _prompts(chunk))
-        sums = self.open(chunk)
-        sums.know([chunk.identity])
+        sums = self.datasets.get(chunk.dataset) or self._empty(chunk)
         sums.update(_hashes(chunk.dataset, chunk.vision.ids), chunk.vision.labels, rows)
+        # Only now: of a chunk that was refused nothing stays.
+        sums.know([chunk.identity])
+        self.datasets[chunk.dataset] = sums
 
     def open(self, chunk: LayerFeatures) -> DatasetSums:
         """Return the sums of a dataset, empty where nothing of it was taken in."""
@@ -231,11 +237,12 @@ class StreamingScores:
         if self.sample != other.sample:
             raise UserError(f"samples of {self.sample} and {other.sample} items cannot be merged")
         merged = StreamingScores(self.sample)
-        merged.datasets = dict(self.datasets)
+        # Copies: what the merged sums take in later must not be counted in these two.
+        merged.datasets = {name: sums.copy() for name, sums in self.datasets.items()}
         for name, sums in other.datasets.items():
             merged._expect_alike(sums.head, sums.prompts)
             mine = merged.datasets.get(name)
-            merged.datasets[name] = sums if mine is None else mine.merge(sums)
+            merged.datasets[name] = sums.copy() if mine is None else mine.merge(sums)
         return merged
 
     def _empty(self, chunk: LayerFeatures) -> DatasetSums:

@@ -253,7 +253,9 @@ class BlockTable:
         """Return for each row of the table the block whose value it helps to make, or −1."""
         self.check(metric)
         depth = self.blocks[tower]
-        rows = partnered(Reading().rows(self.scores, metric, tower), tower, self.blocks)
+        # Agreement within a tower may be pooled where that of the towers is not, and is not read.
+        scores = self.scores[self.scores["other_tower"].astype(str) != tower]
+        rows = partnered(Reading().rows(scores, metric, tower), tower, self.blocks)
         place = np.full(len(self.scores), -1)
         place[rows.index] = [_block(name, depth) for name in rows["position"]]
         return place
@@ -263,8 +265,8 @@ class BlockTable:
         self.check(metric, NO_AGREEMENT)
         place = np.full(len(self.scores), -1)
         for tower in TOWERS:
-            rows = Reading().rows(self.scores, metric, tower)
-            rows = rows[rows["other_tower"].astype(str) == other_tower(tower)]
+            across = self.scores["other_tower"].astype(str) == other_tower(tower)
+            rows = Reading().rows(self.scores[across], metric, tower)
             columns = ("position", "other_position")
             for row, *names in zip(rows.index, *(rows[name] for name in columns)):
                 vision, text = names if tower == "vision" else names[::-1]

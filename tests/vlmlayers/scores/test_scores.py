@@ -348,6 +348,50 @@ def test_agreement_weighs_datasets_alike_whatever_their_seeds() -> None:
     assert found["value"].tolist() == pytest.approx(curve["value"].tolist())
 
 
+def test_a_mean_over_datasets_has_no_interval_of_a_part_of_them() -> None:
+    rows = [
+        row("cka_debiased", "vision", position, 0.5, value, low=low, high=high, dataset=dataset)
+        for position in ("1", "2")
+        for dataset, value, low, high in (("a", 0.9, np.nan, np.nan), ("b", 0.1, 0.0, 0.2))
+        if (position, dataset) != ("2", "a")
+    ]
+    mean = over_datasets(curves(pd.DataFrame(rows), "cka_debiased")).set_index("position")
+    assert mean.loc["1", "value"] == pytest.approx(0.5)
+    assert mean.loc["1", ["low", "high"]].isna().all()
+    assert mean.loc["2", ["low", "high"]].tolist() == pytest.approx([0.0, 0.2])
+
+
+def test_one_dataset_with_prompts_is_not_all_of_those_with_captions() -> None:
+    members = [make_features("alpha", classes=6), make_features("beta", captions=True)]
+    table = score(members, ["cka_debiased"], progress=False, jobs=1)
+    across = table[table.tower != table.other_tower]
+    assert set(across.dataset) == {"alpha", "beta"}
+    assert "*" in set(table[table.tower == table.other_tower].dataset)
+    refused = [one["dataset"] for one in table.attrs["refused"] if "captions" in one["reason"]]
+    assert refused == ["*"]
+    # That towers are pooled each by itself must not hide how the two agree in each dataset.
+    mean = across.groupby(["position", "other_position"]).value.mean()
+    found = agreement(table).set_index(["position", "other_position"]).value
+    pd.testing.assert_series_equal(found.sort_index(), mean.sort_index())
+
+
+def test_styles_without_items_of_the_shared_classes_are_refused() -> None:
+    names = tuple(f"kind {i}" for i in range(4))
+    one, other = (
+        replace(make_features(name, classes=6), class_names=(*names, f"{name} 4", f"{name} 5"))
+        for name in ("alpha", "beta")
+    )
+    other = other.take_images(np.flatnonzero(other.vision.labels >= 4))
+    with pytest.raises(UserError, match="0 items; at least 15 are needed"):
+        score([one, other], ["style_accuracy"], progress=False, jobs=1)
+
+
+def test_the_dataset_with_too_few_classes_is_named_not_the_smallest() -> None:
+    members = [make_features("few", items=60, classes=2), make_features("many", items=30)]
+    with pytest.raises(UserError, match="few has 2 independent items"):
+        score(members, ["dataset_accuracy"], vision_split="class", progress=False, jobs=1)
+
+
 def test_the_band_of_a_curve_joins_its_interval_and_its_seeds_as_a_root_of_squares() -> None:
     """Intervals reach 1.47 deviations of 0.1 and seeds 1.96 of them: a triangle of 3, 4 and 5."""
     table = pd.DataFrame([

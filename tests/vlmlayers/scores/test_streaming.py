@@ -445,6 +445,26 @@ def test_what_is_scored_apart_or_is_another_model_cannot_join(merged: bool) -> N
         assert sums.datasets[start.dataset].n == len(start.vision)
 
 
+def test_what_merged_sums_take_in_is_not_counted_in_those_they_are_of() -> None:
+    one, other = many(2)
+    first, second = StreamingScores(20), StreamingScores(20)
+    half = len(one.vision) // 2
+    first.update(one.take_images(np.arange(half)))
+    second.update(other.take_images(np.arange(half)))
+    merged = first.merge(second)
+    for member in (one, other):
+        merged.update(member.take_images(np.arange(half, len(member.vision))))
+    assert [sums.n for sums in merged.datasets.values()] == [len(one.vision), len(other.vision)]
+    assert first.datasets[one.dataset].n == second.datasets[other.dataset].n == half
+
+
+def test_of_a_chunk_that_is_refused_nothing_stays() -> None:
+    sums, (one,) = StreamingScores(20), many(1)
+    with pytest.raises(UserError, match="came twice"):
+        sums.update(one.take_images([0, 1, 2, 0]))
+    assert not sums.datasets
+
+
 def test_sums_mark_the_features_they_are_of_as_plain_scores_do() -> None:
     members = [replace(one, identity={"items_hash": one.dataset}) for one in many(2)]
     names = ["effective_rank"]
