@@ -117,13 +117,13 @@ def _pictures(
 
     wanted = {(row["dataset"], row["key"]) for row in rows if row["modality"] == "image"}
     found = []
+    by_name = isinstance(data, Mapping) and any(part.dataset in data for part in parts)
     for part in parts:
         head = f"{part.dataset}/"
         ids = sorted(key.removeprefix(head) for name, key in wanted if name == part.dataset)
-        several = isinstance(data, Mapping) and part.dataset in data
-        for name, array in thumbnails(
-            part, ids, data[part.dataset] if several else data, SIDE
-        ).items():
+        # A dataset that is not among those given by name is looked up by its own.
+        own = data.get(part.dataset) if by_name else data
+        for name, array in thumbnails(part, ids, own, SIDE).items():
             content = io.BytesIO()
             Image.fromarray(array).save(content, "JPEG", quality=QUALITY)
             uri = f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -245,6 +245,22 @@ def test_explore_holds_every_position_item_and_thumbnail() -> None:
     assert {row["modality"] for row in inline(both, both["data"])} == {"image", "text"}
 
 
+def test_explore_looks_up_a_dataset_that_is_not_given_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("vl_convert", reason="needs the extra 'notebooks'")
+    asked: dict[str, object] = {}
+
+    def told(part: vl.LayerFeatures, ids: object, data: object, size: int) -> dict:
+        asked[part.dataset] = data
+        return {}
+
+    monkeypatch.setattr("vlmlayers.plots.explore.thumbnails", told)
+    both = [planted(), planted("birds")]
+    vl.explore(both, methods=["pca"], space="joint", data={"pets": "here"})
+    assert asked == {"pets": "here", "birds": None}
+
+
 def test_explore_says_that_weights_are_random_and_tells_thirty_classes_apart() -> None:
     pytest.importorskip("vl_convert", reason="needs the extra 'notebooks'")
     for random in (False, True):
