@@ -105,10 +105,11 @@ def write_comparison(
 
 def _names(folders: Sequence[str | Path]) -> list[str]:
     paths = [Path(folder).resolve() for folder in folders]
-    names = [path.name for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{path.parent.name}/{path.name}" for path in paths]
+    for parts in range(1, max(len(path.parts) for path in paths)):
+        names = [Path(*path.parts[-parts:]).as_posix() for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [path.as_posix() for path in paths]
 
 
 def _run(name: str, folder: Path, out: Path) -> Compared:
