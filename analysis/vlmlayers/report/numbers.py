@@ -506,7 +506,7 @@ def read_answer(run: Run | str | Path) -> Answer:
     """Read a run folder.
 
     Raises:
-        UserError: It holds no score table or no choice.
+        UserError: It holds no score table or no choice, or one of towers of another depth.
     """
     found = run if isinstance(run, Run) else Run.open(run)
     found.require_choice()
@@ -519,10 +519,18 @@ def read_answer(run: Run | str | Path) -> Answer:
         other = f"{extracted.get('name')} ({extracted.get('weights')}, {known[:12]})"
         provenance = {key: one for key, one in provenance.items() if key not in EXTRACTED}
     foreign = not_of(validated(found), *map(str, ours))
+    choice = LayerChoice.load(found.choice)
+    for tower, depth in depths(scores).items():
+        chosen_of = choice.evidence.get("towers", {}).get(tower, {}).get("depth", depth)
+        if chosen_of != depth:
+            raise UserError(
+                f"the choice is of {chosen_of} {tower} blocks and the scores are of {depth}; run "
+                f"{shlex.join(['vlmlayers', 'select', str(found.folder)])} again"
+            )
     return Answer(
         found,
         bare(scores),
-        LayerChoice.load(found.choice),
+        choice,
         provenance,
         None if foreign else RecordedValidation.read(found),
         {str(name): value for name, value in scores.attrs.items()},

@@ -1405,6 +1405,20 @@ def test_markdown_report_is_inert(validated: Run) -> None:
         assert (validated.folder / link).exists()
 
 
+def test_runs_whose_folders_have_like_parents_stay_apart(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / one / "clip" / "run", small=True).folder for one in "ab"]
+    write_comparison(folders, tmp_path / "both", formats=("svg",))
+    table = pd.read_csv(next((tmp_path / "both" / "figures").glob("runs-*.csv")))
+    assert set(table["run"]) == {"a/clip/run", "b/clip/run"}
+
+
+def test_a_choice_of_a_shallower_tower_is_refused(tmp_path: Path) -> None:
+    run, other = (make_run(tmp_path / str(deep), deep, deep, small=True) for deep in (12, 6))
+    shutil.copy(other.choice, run.choice)
+    with pytest.raises(UserError, match="choice is of 6 vision blocks and the scores are of 12"):
+        write_report(run.folder)
+
+
 def test_comparison_of_unequal_runs(validated: Run, random_run: Run, tmp_path: Path) -> None:
     path = write_comparison([validated.folder, random_run.folder], tmp_path / "both", "Two")
     text = path.read_text()
