@@ -37,6 +37,9 @@ def read_validations(tables: Folders, scored: Seen | None = None) -> pd.DataFram
     seen = Seen()
     for path, table in found.items():
         how = _trained(path.with_name(f"{path.name}.json"))
+        # Tables of earlier versions, which do not say, compare at the recipe's amount.
+        tuned = "comparison" in table and (table.comparison == "tuned").any()
+        how["comparison"] = "tuned" if tuned else "given"
         for model, weights in set(zip(table.model, table.weights)):
             refuse_unlike(seen, path, f"trained {model}", (model, weights), how)
             if scored is not None and "weights_hash" in how:

@@ -690,6 +690,15 @@ def test_seeds_of_validations_by_other_recipes_are_not_pooled(
         assert len(outcomes.read_validations(folders)) == len(rows)
 
 
+def test_validations_at_tuned_amounts_are_not_pooled_with_others(tmp_path: Path) -> None:
+    rows = validation_rows()
+    for name, seed, kind in (("first", 1, {}), ("second", 2, {"comparison": "tuned"})):
+        (tmp_path / name).mkdir()
+        rows[rows.seed == seed].assign(**kind).to_csv(tmp_path / name / "validation.csv")
+    with pytest.raises(UserError, match="comparison=tuned, .*first/validation with comparison=gi"):
+        outcomes.read_validations([tmp_path / "first", tmp_path / "second"])
+
+
 ITEMS = {"name": "digits", "split": "train", "items": 9, "items_hash": "a", "template": "{}"}
 
 
