@@ -117,7 +117,7 @@ def layer_curves(
             raise UserError(
                 f"metric {metric!r} has no values along a tower; draw it with `agreement_matrix`"
             )
-        if hue is None:
+        if hue in (None, "dataset"):  # of models or poolings each has its own
             Reading(space=space).say_choice(scores, metric)
         axis = _shared_axis(scores, parts, hue)
         looks = _looks(parts, color, palette)

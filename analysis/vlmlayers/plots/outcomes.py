@@ -73,7 +73,7 @@ def _refuse_empty(frame: pd.DataFrame, *columns: str) -> None:
 def _flag(outcomes: pd.DataFrame, name: str) -> pd.Series:
     """Return a column of yes and no, or what the column `kind` says of it; no where neither is."""
     if name in outcomes.columns:
-        return outcomes[name].astype(bool)
+        return outcomes[name].eq(True)  # no where a row of another table says nothing
     if "kind" in outcomes.columns:
         return pd.Series(of_kind(outcomes, KIND_OF[name]))
     return pd.Series(False, index=outcomes.index)

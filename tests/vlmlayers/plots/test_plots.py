@@ -558,6 +558,20 @@ def test_of_a_table_that_ends_early_the_axis_goes_on_to_the_last_block() -> None
     assert select(part, "paper").vision == tuple(range(5, 13))
 
 
+def test_lines_of_datasets_say_which_pooling_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    rows = full(4, 4).query("metric == 'class_accuracy'")
+    both = pd.concat([rows, rows.assign(pooling="mean")], ignore_index=True)
+    plots.layer_curves(both, "class_accuracy", hue="dataset")
+    assert "class_accuracy: pooling cls is read, not mean" in caplog.text
+
+
+def test_a_placement_that_says_nothing_of_the_choice_is_not_chosen() -> None:
+    other = OUTCOMES.head(1).assign(placement="v12").drop(columns="chosen")
+    ax = plots.predicted_vs_trained(pd.concat([OUTCOMES, other], ignore_index=True))
+    counts = {one.get_label(): len(one.get_offsets()) for one in ax.collections}
+    assert counts["Chosen"] == 1 and counts["Placement"] == 12
+
+
 def test_a_choice_is_marked_on_its_own_model(caplog: pytest.LogCaptureFixture) -> None:
     deep, flat = planted(12, 12, (5, 5)), planted(6, 6, (3, 3)).assign(model="flat")
     of_flat = replace(select(flat, resamples=20), vision=(5, 6))
