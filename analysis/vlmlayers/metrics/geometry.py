@@ -202,7 +202,8 @@ def twonn(x: Given, *, discard: Annotated[float, Takes(least=0, most=0.9)] = 0.1
     np.fill_diagonal(squares, np.inf)
     first, second = np.sqrt(np.partition(squares, 1, axis=1)[:, :2]).T
     log_ratio = np.sort(np.log(second / first))
-    keep = min(int(n * (1.0 - discard)), n - 1)  # at F = 1 the logarithm is infinite
+    # Rounded first, as 1 − 0.9 falls short of 0.1. At F = 1 the logarithm is infinite.
+    keep = min(int(round(n * (1.0 - discard), 6)), n - 1)
     # i from 1: counted from 0 the estimate is 0.85 of the published one at n = 20.
     height = -np.log1p(-np.arange(1, keep + 1) / n)
     # Least squares through the origin, since F(1) = 0: an intercept would tilt the slope.

@@ -44,7 +44,7 @@ from vlmlayers.metrics.geometry import (
     uniformity_null,
     uniformity_weighted,
 )
-from vlmlayers.metrics.separability import modality_auc_left_out
+from vlmlayers.metrics.separability import _folds, modality_auc_left_out
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -217,6 +217,30 @@ def test_bad_clouds_are_refused(clouds) -> None:
         modality_auc(x, y[:1], np.stack([np.arange(14), np.zeros(14, int)], axis=1))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "pairs"),
+    [
+        ((12, 8), [(i, 2 * (i % 4) + j) for i in range(12) for j in range(2)]),  # two prompts each
+        ((40, 40), [(i, i) for i in range(6)]),
+        ((40, 12), [(i, 2 * i + j) for i in range(6) for j in range(2)]),
+    ],
+)
+def test_folds_keep_together_what_matches_and_spread_what_does_not(
+    sizes: tuple[int, int], pairs: list[tuple[int, int]]
+) -> None:
+    folds = _folds(*sizes, pairs, 4)
+    assert all(folds[0][image] == folds[1][text] for image, text in pairs)
+    for fold in folds:
+        assert np.bincount(fold, minlength=4).min() > 0
+    x, y = (np.random.default_rng(n).normal(size=(n, 5)) for n in sizes)
+    assert np.isfinite(modality_auc(x, y, pairs))
+
+
+def test_modality_auc_takes_no_more_components_than_the_items_span() -> None:
+    x, y = np.random.default_rng(8).normal(size=(2, 4, 50))
+    assert modality_auc(x, y, dims=40) == modality_auc(x, y, dims=6)
+
+
 def test_spectral_measures_of_a_planted_spectrum() -> None:
     rng = np.random.default_rng(6)
     left = np.linalg.qr(rng.normal(size=(50, 4)) - 0)[0]
@@ -377,7 +401,7 @@ def test_directions_without_spread_count_for_nothing() -> None:
 
 def test_twonn_may_use_every_item_with_a_finite_height() -> None:
     x = np.random.default_rng(13).normal(size=(40, 4))
-    assert np.isfinite(twonn(x, discard=0.0))
+    assert np.isfinite(twonn(x, discard=0.0)) and np.isfinite(twonn(x[:10], discard=0.9))
     with pytest.raises(UserError, match="twonn: discard takes a number from 0 to 0.9, not 1.0"):
         twonn(x, discard=1.0)
 
