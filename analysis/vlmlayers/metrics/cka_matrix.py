@@ -112,7 +112,7 @@ def _mean(x: Any, block: int) -> Array:
     total = sum(matrix(x[i : i + block]).sum(axis=0) for i in range(0, n, block))
     mean = np.asarray(total / n)
     # A second pass: a variance from sums of squares would lose its digits to a large mean.
-    blocks = (np.asarray(x[i : i + block], np.float64) - mean for i in range(0, n, block))
+    blocks = (matrix(x[i : i + block]) - mean for i in range(0, n, block))
     if not any(varies(rows, mean) for rows in blocks):
         raise UserError(f"the features of all {n} items are the same")
     return mean
@@ -128,11 +128,11 @@ def _hsic(
     for start in range(0, n, block):
         rows = slice(start, start + block)
         # Centred first, which leaves HSIC as it is, and several of its terms zero.
-        a = np.asarray(x[rows], np.float64) - mean
+        a = matrix(x[rows]) - mean
         squares = np.square(a).sum(axis=1)
         own += float(squares.sum())
         for j, (y, centre) in enumerate(zip(ys, means)):
-            b = a if y is x else np.asarray(y[rows], np.float64) - centre
+            b = a if y is x else matrix(y[rows]) - centre
             cross[j] += a.T @ b
             others = squares if y is x else np.square(b).sum(axis=1)
             sizes[j] += others.sum()

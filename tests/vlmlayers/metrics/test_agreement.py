@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import orthogonal_procrustes
@@ -281,6 +282,8 @@ def test_the_matrix_of_layers_holds_the_cka_of_each_pair(form: str, debiased: bo
     assert found == pytest.approx(np.array(expected), abs=1e-6)
     lists = [[z.tolist() for z in side] for side in (xs, ys)]
     assert cka_matrix(*lists, debiased=debiased, form=form) == pytest.approx(found)
+    tensors = [[torch.tensor(z, requires_grad=True) for z in side] for side in (xs, ys)]
+    assert cka_matrix(*tensors, debiased=debiased, form=form) == pytest.approx(found)
     for wrong in (xs[0], [], [xs[0][0]]):
         with pytest.raises(UserError, match="two lists of layers"):
             cka_matrix(wrong, ys, form=form)
