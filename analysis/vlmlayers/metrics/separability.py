@@ -7,6 +7,8 @@ from itertools import combinations
 from typing import Annotated, Any
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from vlmlayers.arguments import Natural, Takes, checked
 from vlmlayers.errors import UserError
@@ -99,19 +101,22 @@ def _aucs(
 def _folds(n_x: int, n_y: int, pairs: Any, folds: int) -> tuple[Labels, Labels]:
     """Return the fold of each image and of each text; matching rows share a fold."""
     pairs = row_pairs(pairs, n_x, n_y)
-    # A group is one of the fewer side with all its matches, such as an image with its captions.
+    # A group is all that matches by way of others, such as an image with its captions. Those of
+    # the fewer side come first, and groups are numbered by their first item.
     by_text = len(np.unique(pairs[:, 0])) >= len(np.unique(pairs[:, 1]))
-    groups = n_y if by_text else n_x
-    if groups < 2:
+    starts = np.array((n_y, 0) if by_text else (0, n_x))  # of images and of texts
+    ends = (pairs + starts).T
+    links = csr_array((np.ones(len(pairs)), (ends[0], ends[1])), shape=(n_x + n_y,) * 2)
+    count, group = connected_components(links, directed=False)
+    # Dealt first, so that every fold has images and texts; what has no match is dealt apart.
+    matched = np.unique(group[ends[0]])
+    if len(matched) < 2:
         raise UserError("images and texts form one group; a held-out AUC needs at least 2")
-    dealt = np.random.default_rng(FIXED).permutation(groups) % min(folds, groups)
-    fold_x, fold_y = np.zeros(n_x, dtype=np.int64), np.zeros(n_y, dtype=np.int64)
-    if by_text:
-        fold_y[:] = dealt
-        fold_x[pairs[:, 0]] = dealt[pairs[:, 1]]
-    else:
-        fold_x[:] = dealt
-        fold_y[pairs[:, 1]] = dealt[pairs[:, 0]]
+    rng = np.random.default_rng(FIXED)
+    dealt = np.zeros(count, dtype=np.int64)
+    for some in (matched, np.setdiff1d(np.arange(count), matched)):
+        dealt[some] = rng.permutation(len(some)) % min(folds, len(matched))
+    fold_x, fold_y = (dealt[group[start:][:n]] for start, n in zip(starts, (n_x, n_y)))
     return fold_x, fold_y
 
 
@@ -121,8 +126,9 @@ def _principal(fit: Array, held: Sequence[Array], dims: int) -> tuple[Array, lis
     if len(fit) < fit.shape[1]:
         values, vectors = np.linalg.eigh(spread @ spread.T)
         # Of fewer rows than columns the same directions come from the smaller matrix.
-        length = np.sqrt(np.maximum(values[-dims:], 1e-300))
-        basis = spread.T @ (vectors[:, -dims:] / length)
+        # There are no more than rows span: what rounding leaves of the rest is no direction.
+        kept = values[-dims:] > 1e-12 * max(values[-1], 1e-300)
+        basis = spread.T @ (vectors[:, -dims:][:, kept] / np.sqrt(values[-dims:][kept]))
     else:
         # Ascending, unlike an SVD: the last directions are the largest.
         basis = np.linalg.eigh(spread.T @ spread)[1][:, -dims:]
