@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -85,10 +85,10 @@ def h_score(x: Given, labels: Any, *, width: int | None = None) -> float:
 
     Reference: Bao et al. 2019; regularised: Ibrahim et al. 2021.
     """
-    return float(h_score_relabelled(x, np.asarray(labels)[None], width=width)[0])
+    return float(h_score_relabelled(x, [labels], width=width)[0])
 
 
-def h_score_relabelled(x: Any, labels: Labels, *, width: int | None = None) -> Array:
+def h_score_relabelled(x: Any, labels: Iterable[Any], *, width: int | None = None) -> Array:
     """Return the H-score under each of several labellings, (draw, item) to (draw,)."""
     x = centred(x, smallest_n=3)
     solve = _shrunk_inverse(x, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,10 @@ def logme(x: Given, labels: Any) -> float:
 
     Reference: You et al. 2021, LogME, ICML.
     """
-    return float(logme_relabelled(x, np.asarray(labels)[None])[0])
+    return float(logme_relabelled(x, [labels])[0])
 
 
-def logme_relabelled(x: Any, labels: Labels) -> Array:
+def logme_relabelled(x: Any, labels: Iterable[Any]) -> Array:
     """Return LogME under each of several labellings, (draw, item) to (draw,).
 
     The spectrum of the features is computed once.

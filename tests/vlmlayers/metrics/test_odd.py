@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from synthetic import PLAIN_NEEDS, metric_inputs, metric_value
 
 from vlmlayers.errors import UserError
-from vlmlayers.metrics import METRICS, fisher_ratio, k_nearest, nearest_mean, pair_distance
+from vlmlayers.metrics import (
+    METRICS,
+    fisher_ratio,
+    h_score,
+    k_nearest,
+    logme,
+    nearest_mean,
+    pair_distance,
+)
 from vlmlayers.metrics.transfer import discriminant
 
 PLAIN = [name for name, entry in METRICS.items() if entry.needs in PLAIN_NEEDS]
@@ -146,6 +154,9 @@ def test_labels_that_name_no_class_are_refused(last: list[object], message: str)
     labels = [0, 0, 0, 1, 1, *last]
     with pytest.raises(UserError, match=f"^labels {message}"):
         fisher_ratio(SIX, labels)
+    for function in (h_score, logme):
+        with pytest.raises(UserError, match=f"^labels {message}"):
+            function(SIX, labels)
     with pytest.raises(UserError, match=f"^fit_labels {message}"):
         nearest_mean(SIX, labels, SIX, labels, SIX, classes=2)
 
