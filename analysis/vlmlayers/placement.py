@@ -16,8 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from math import inf
 from operator import index
+from sys import float_info
 from typing import Any
 
 from vlmlayers.arguments import checked
@@ -28,6 +28,7 @@ from vlmlayers.words import counted
 ZERO_SHOT = "zero-shot"
 CHOICE = "choice"  # stands for the choice of a study, or of --choice, among placements
 SAMPLE = 3  # as many datasets are a sample of datasets; fewer stand for themselves
+LARGEST = float_info.max  # a longer whole number is no float
 DEEPEST = 9999  # no tower is that deep, and a longer range would fill memory
 _TOKEN = re.compile(r"([vt]?)(?:(\d+)(?:-(\d+))?|-|none)")
 
@@ -55,7 +56,7 @@ class Amount:
         for name, value in self.given().items():
             whole = name in ("epochs", "steps_per_shot")
             kinds = int if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < inf:
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= LARGEST:
                 kind = "whole number from 1" if whole else "number above 0"
                 raise UserError(
                     f"the amount's {name} is {shortened(repr(value))}; it must be a {kind}"

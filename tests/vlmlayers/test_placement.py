@@ -137,6 +137,7 @@ def test_a_placement_names_its_amount(text: str) -> None:
         ("5-12@scale=much", "must be a number above 0"),
         ("5-12@scale=-1", "must be a number above 0"),
         ("5-12@scale=nan", "must be a number above 0"),
+        (f"5-12@scale=1{'0' * 400}", "must be a number above 0"),
         ("5-12@epochs=1.5", "must be a whole number from 1"),
         ("5-12@epochs=0", "must be a whole number from 1"),
     ],
