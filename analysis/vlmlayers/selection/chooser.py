@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -235,7 +236,10 @@ def _evidence(
         "weights": str(first["weights"]),
         "random_weights": is_random(scores),
         "options": {
-            name: value if isinstance(value, str | int | float | bool) else str(value)
+            # Infinity and NaN as text: they are no JSON.
+            name: value
+            if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+            else str(value)
             for name, value in options.items()
         },
         "towers": towers,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from importlib.metadata import EntryPoint
 from numbers import Integral
 from typing import Any
 
@@ -34,7 +35,7 @@ def make_rule(rule: str | Callable[..., Any], options: Mapping[str, Any]) -> Any
         return OwnRule(rule, load_user_code(rule, "rule"), dict(options))
     # A package cannot replace a shipped rule: its name would then stand for other blocks.
     if rule in plugins and rule not in RULES:
-        return OwnRule(rule, plugins[rule].load(), dict(options))
+        return OwnRule(rule, _loaded(plugins[rule]), dict(options))
     check_one_of("rule", rule, [*RULES, *plugins])
     valid = [f.name for f in fields(RULES[rule])]
     if options and not valid:
@@ -42,6 +43,16 @@ def make_rule(rule: str | Callable[..., Any], options: Mapping[str, Any]) -> Any
     for name in options:
         check_one_of("option", name, valid, f"rule {rule!r}")
     return RULES[rule](**options)
+
+
+def _loaded(offer: EntryPoint) -> Any:
+    try:
+        return offer.load()
+    except Exception as error:
+        raise UserError(
+            f"the rule {offer.name!r} of an installed package cannot be read: {offer.value} "
+            f"fails with {type(error).__name__}: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)

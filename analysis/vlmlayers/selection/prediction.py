@@ -45,8 +45,10 @@ def block_scores(
         blocks: Depth by tower; read off the table where None.
 
     Raises:
-        UserError: The name is unknown or the table lacks a metric that it needs.
+        UserError: The name is unknown, the table lacks a metric that it needs, or it holds more
+            than one model.
     """
+    scores = check_scores(scores)
     blocks = dict(blocks) if blocks is not None else depths(scores)
     return score_blocks(BlockTable.of(scores, blocks), name)
 

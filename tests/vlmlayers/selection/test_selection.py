@@ -839,6 +839,15 @@ def test_errors_of_an_own_rule_are_told_as_its_own(tmp_path: Path) -> None:
         select(planted(), f"{file}:flat")  # two blocks, and not one of each tower
 
 
+def test_an_option_without_end_is_saved(tmp_path: Path) -> None:
+    def first(scores: pd.DataFrame, most: float) -> tuple[list[int], list[int]]:
+        return [1], [1]
+
+    choice = select(planted(), first, resamples=0, most=np.inf)
+    again = LayerChoice.load(choice.save(tmp_path / "choice.json"))
+    assert again == choice and again.evidence["options"] == {"most": "inf"}
+
+
 def test_own_rule_from_an_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -849,13 +858,17 @@ def test_own_rule_from_an_installed_package(
     info = tmp_path / "my_rules-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-rules\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[vlmlayers.rules]\nends = my_rules:ends\n")
+    (info / "entry_points.txt").write_text(
+        "[vlmlayers.rules]\nends = my_rules:ends\nlost = my_rules:lost\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     choice = select(planted(), "ends", resamples=20, n=2)
     assert (choice.vision, choice.text, choice.rule) == ((1, 2), (12,), "ends")
     assert choice.evidence["towers"]["vision"]["frequency"][:3] == [1, 1, 0]
     with pytest.raises(UserError, match="did you mean 'ends'"):
         select(planted(), "endz")
+    with pytest.raises(UserError, match="'lost' of an installed package cannot be read"):
+        select(planted(), "lost")
     # A study chooses again where the package's code has changed.
     before = _rule_mark("ends")
     (tmp_path / "my_rules.py").write_text("def ends(scores, n=1):\n    return [1], [1]\n")
@@ -1151,6 +1164,8 @@ def test_bad_tables() -> None:
     ):
         with pytest.raises(UserError, match=message):
             select(table_)
+    with pytest.raises(UserError, match="holds 2 models"):
+        block_scores(pd.concat([scores, scores.assign(model="b")]), "accuracy")
     with pytest.raises(UserError, match="at least 4 blocks"):
         select(planted(3, 3, (2, 2)), "knee")
     written = scores.assign(value=scores.value.map(str))  # as of a table of text
