@@ -106,7 +106,8 @@ def _folds(n_x: int, n_y: int, pairs: Any, folds: int) -> tuple[Labels, Labels]:
     by_text = len(np.unique(pairs[:, 0])) >= len(np.unique(pairs[:, 1]))
     starts = np.array((n_y, 0) if by_text else (0, n_x))  # of images and of texts
     ends = (pairs + starts).T
-    links = csr_array((np.ones(len(pairs)), (ends[0], ends[1])), shape=(n_x + n_y,) * 2)
+    shape = n_x + n_y, n_x + n_y
+    links = csr_array((np.ones(len(pairs)), (ends[0], ends[1])), shape=shape)
     count, group = connected_components(links, directed=False)
     # Dealt first, so that every fold has images and texts; what has no match is dealt apart.
     matched = np.unique(group[ends[0]])
