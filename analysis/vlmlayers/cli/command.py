@@ -116,7 +116,7 @@ def main() -> None:
             warnings.showwarning = _show_warning
             # Otherwise click would print its own errors and exit before those below are reached.
             words = [_at_home(word) for word in sys.argv[1:]]
-            sys.exit(app(words, standalone_mode=False, prog_name="vlmlayers") or 0)
+            sys.exit(app(args=words, standalone_mode=False, prog_name="vlmlayers") or 0)
     except typer.Abort:
         sys.exit(1)
     except WRONG_USAGE as error:

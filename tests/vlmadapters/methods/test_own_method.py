@@ -251,8 +251,8 @@ def test_a_void_run_names_no_recipe_that_the_method_lacks(own: Path) -> None:
     recipe = va.load_recipe("published", f"{own}:Shift")
     still = recipe.changed({"lr": 1e-12, "shots": 2, "epochs": 1})
     found = va.validate(
-        shared_backbone(), "2", "faces", recipe=still, seeds=[1], items=8, kinds=["all"],
-        amount="given", progress=False,
+        shared_backbone(), "2", "faces", recipe=still, seeds=[1], items=8, reference="all",
+        kinds=["all"], amount="given", progress=False,
     )  # fmt: skip
     assert found.void and "--set lr=1e-11" in found.verdict and "mini" not in found.verdict
 
